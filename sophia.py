@@ -2,6 +2,7 @@
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import math
@@ -102,11 +103,12 @@ class Sophia(torch.optim.Optimizer):
         # regression: with the loss ((f - y)**2 / 2).mean(), a label drawn from the model is f plus unit noise, so
         # sampled = ((f - (f.detach() + torch.randn_like(f)))**2 / 2).mean() and n_terms = f.numel()
 
-    betas, gamma, eps, weight_decay, k: β1, β2, γ, ε, λ and k of the paper, defaults of section 3.1 for Sophia-G (Sophia-H: γ = 0.01).
-    clip: the paper's 1. With ρ other than 1, lr·ρ and γ/ρ... are equivalent: see test_parametrisations. bias_correction: divide both
-    averages by 1 − βⁿ, as Adam does and the paper does not; without it h is a hundredth of its value at first, and the first
-    hundred refreshes clip nearly everything. fused: None = the Triton kernel for CUDA tensors where there is one; False = never;
-    True = compile the rule where there is no kernel. ValueError: a setting out of range, sparse or complex gradients.
+    betas, gamma, eps, weight_decay, k: β1, β2, γ, ε, λ, k; the defaults are section 3.1's for Sophia-G (Sophia-H: γ = 0.01).
+    clip: the paper's 1. The first version of the paper has η₁·clip(m/max(h, ε), ρ₁): that is lr = η₁·ρ₁, gamma = ρ₁. The authors'
+    code keeps B out of h and multiplies by it in the step: the same gamma. bias_correction: divide m by 1 − β1ᵗ and h by 1 − β2ⁿ
+    (n refreshes) as Adam does; the paper does not, and then h starts at a hundredth of its size and nearly all is clipped for a
+    while. fused: None = the Triton kernel for CUDA tensors where there is one; False = never; True = where there is none, compile
+    the rule. Raises ValueError for a setting out of range and for sparse or complex gradients.
     """
 
     fused, wins, seen, warned = None, (), 0, False  # not part of the state: a copied or unpickled optimizer starts from these
@@ -238,7 +240,8 @@ def linear_cross_entropy(hidden, weight, targets, n_vocab=None, seed=None):
     vocabulary and have no probability. seed: an int replaces each target ≥ 0 by a draw ŷ ~ softmax, for the Bartlett estimator.
     Returns (0-d float32 loss, (tokens,) targets). With no target ≥ 0 the loss is 0.
     """
-    logits = F.linear(hidden, weight).float()  # (tokens, rows)
+    logits = F.linear(hidden, weight)  # (tokens, rows)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if n_vocab is not None and n_vocab < weight.size(0):
         logits = logits.masked_fill(torch.arange(weight.size(0), device=weight.device) >= n_vocab, -math.inf)
     if seed is not None:
@@ -475,7 +478,9 @@ def download(url, sha256=""):
                 while chunk := reply.read(1 << 20):
                     bar.update(file.write(chunk))
     except OSError as error:
-        fail(f"no download of {url} ({error}): fetch it elsewhere and put it at {path}")
+        if getattr(error, "code", 0) == 416:  # nothing is left to send, yet the file never passed the checks below
+            part.unlink()
+        fail(f"no download of {url} ({error}): try again, or fetch it elsewhere and put it at {path}")
     if part.stat().st_size < length:
         fail(f"{url} broke off at {part.stat().st_size:,} of {length:,} bytes: run the command again to go on")
     with open(part, "rb") as file:
@@ -529,7 +534,7 @@ def save_results(folder, args, figures):
 
 def print_table(header, rows):
     """Rows of strings and numbers as aligned plain text, first column left, the others right."""
-    rows = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
+    rows = [[f"{x:.3f}" if isinstance(x, float) and x == x else "–" if x != x else str(x) for x in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print(row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])), sep="  ")
@@ -542,20 +547,25 @@ FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fin
 
 
 def stdlib_text(kind):
-    """What every Python ships, as a list of texts sorted by name: kind is "prose" (help topics), "code" (sources) or "stdlib"."""
+    """What every Python ships, as a list of texts in a fixed order: kind is "prose" (help topics, docstrings), "code" (sources),
+    or "stdlib" (help topics and sources)."""
     from pydoc_data.topics import topics
 
     root, skip = Path(sysconfig.get_path("stdlib")), {"test", "tests", "idle_test", "site-packages", "pydoc_data"}
-    sources = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
-    prose, code = [topics[name] for name in sorted(topics)], lambda: [p.read_text(errors="ignore") for p in sources]
-    return prose if kind == "prose" else code() if kind == "code" else prose + code()
+    sources = [p.read_text("utf-8", "ignore") for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
+    if kind == "prose":
+        warnings.simplefilter("ignore", SyntaxWarning)
+        trees = [ast.walk(ast.parse(source)) for source in sources]
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        sources = ["\n\n".join(filter(None, (ast.get_docstring(n) for n in tree if isinstance(n, documented)))) for tree in trees]
+    return ([] if kind == "code" else [topics[name] for name in sorted(topics)]) + sources
 
 
 N_VOCAB = {"bytes": 256, "gpt2": 50257}
 
 
 def get_tokenizer(name):
-    """→ (name, encode: str → integer array, decode: ids → str). "auto" is gpt2 where tiktoken has it or can fetch it, else bytes."""
+    """→ (name, encode: str → integer array, decode: ids → str). "auto" is gpt2 where tiktoken has or can fetch it, else bytes."""
     if name != "bytes":
         try:
             import tiktoken
@@ -592,8 +602,7 @@ def load_tokens(data, tokenizer, block_size):
             files = [download(FINEWEB.format(*split)) for split in splits]
         else:
             files = sorted(path.glob("*.bin"))
-        train, val = ([read_shard(file) for file in files if split in file.name] for split in ("train", "val"))
-        tokenizer = "gpt2"
+        tokenizer, (train, val) = "gpt2", ([read_shard(file) for file in files if split in file.name] for split in ("train", "val"))
     else:
         tokenizer, encode, _ = get_tokenizer(tokenizer)
         if data in ("stdlib", "prose", "code"):
@@ -603,13 +612,13 @@ def load_tokens(data, tokenizer, block_size):
             path = download(SHAKESPEARE) if data == "shakespeare" else path
             if not path.is_file():
                 fail(f"--data {data}: no such file or folder, and none of stdlib, prose, code, shakespeare, fineweb:N")
-            text = path.read_text(errors="replace")
+            text = path.read_text("utf-8", "replace")
             parts = [text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]]
         train, val = ([encode(part)] for part in parts)
     for split, shards in (("training", train), ("validation", val)):
-        if min(map(len, shards), default=0) <= block_size:
-            fail(f"--data {data}: {min(map(len, shards), default=0)} {split} tokens are too few for a context of {block_size}")
-        top = max(int(shard.max()) for shard in shards)
+        shortest, top = min(map(len, shards), default=0), max((int(shard.max()) for shard in shards if len(shard)), default=0)
+        if shortest <= block_size:
+            fail(f"--data {data}: {shortest} {split} tokens are too few for a context of {block_size}")
         if top >= N_VOCAB[tokenizer]:
             fail(f"--data {data}: a {split} token has id {top}, beyond {tokenizer}'s vocabulary of {N_VOCAB[tokenizer]}")
     return train, val, tokenizer
@@ -624,6 +633,11 @@ def get_batch(shards, batch, seq, device, *counter):
     rows = np.stack([shard[start : start + seq + 1] for shard, start in picks]).astype(np.int64)
     rows = torch.from_numpy(rows).to(device)
     return rows[:, :-1], rows[:, 1:]
+
+
+def corpus_hash(shards):
+    """Of the first 16M tokens of the first shard: the standard library's text differs from one Python version to the next."""
+    return hashlib.sha256(np.ascontiguousarray(shards[0][: 1 << 24])).hexdigest()[:12]
 
 
 def counter_seed(*counter):
@@ -740,9 +754,9 @@ def plan(model, batch, micro, seq, steps, device, dtype):
     if device.type == "cuda":
         memory, card = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
     step_seconds = flops * batch * seq / rate
-    print(f"{n / 1e6:.1f}M parameters, about {need / 1e9:.1f} GB. {batch} × {seq} tokens a step: {flops * batch * seq / 1e12:.3g} TFLOP, "
-          f"at best {step_seconds:.2g} s at the {rate / 1e12:.2g} TFLOP/s of this {card}; {steps:,} steps: "
-          f"{steps * step_seconds / 3600:.2g} h")
+    print(f"{n / 1e6:.1f}M parameters, about {need / 1e9:.1f} GB. {batch} × {seq} tokens a step are {flops * batch * seq / 1e12:.3g} "
+          f"TFLOP: at best {step_seconds:.2g} s at the {rate / 1e12:.2g} TFLOP/s of this {card}, "
+          f"{steps * step_seconds / 3600:.2g} h for {steps:,} steps", flush=True)
     if need > memory:
         fail(f"{need / 1e9:.1f} GB do not fit into {memory / 1e9:.1f}: take a smaller --model, --micro_batch_size or --seq")
     return flops, next((peak for name, peak in PEAK_FLOPS.items() if name in card), rate)
@@ -777,7 +791,8 @@ def train(args):
     recipe |= {key: getattr(args, key) for key in recipe if getattr(args, key) is not None}
     opt = make_optimizer(args.optimizer, model, **recipe, fused=args.compile or None)
     settings = dict(**asdict(model.config), optimizer=args.optimizer, **recipe, batch_size=batch, steps=steps, warmup=warmup,
-                    seed=args.seed, data=args.data, tokenizer=tokenizer)
+                    seed=args.seed, data=args.data, tokenizer=tokenizer,
+                    corpus=corpus_hash(shards))
     first, clips = 0, 0
     if args.resume:
         saved = load_checkpoint(out / "checkpoint.pt", device)
@@ -810,7 +825,7 @@ def train(args):
 
     def micro_batches(step, n):  # this rank's n of the n × world micro-batches, each with a seed for drawn labels or signs
         for i in range(rank * n, rank * n + n):
-            yield *get_batch(shards, micro, seq, device, args.seed, step, i), counter_seed(args.seed, step, i)
+            yield *get_batch(shards, micro, seq, device, args.seed, step, i), counter_seed(args.seed, step, i, 1)
 
     start = time.perf_counter()
     try:
@@ -854,10 +869,10 @@ def train(args):
         raise SystemExit(130) from None
     if rank == 0:
         last = {key: value for record in records for key, value in record.items()}
-        rows = [(key, f"{last[key]:.4g}") for key in ("step", "loss", "val_loss", "tokens_per_s", "mfu", "clip_rate", "win_rate")
-                if last.get(key) is not None]
-        print_table((f"{name} {args.optimizer}", f"seed {args.seed}"), rows)
-        print(save_results(out, args, dict(settings=settings, **last)), plot_train(out, args, records), out / "checkpoint.pt", sep="\n")
+        shown = ("step", "loss", "val_loss", "tokens_per_s", "mfu", "clip_rate", "win_rate")
+        print_table((name, NAMES[args.optimizer]), [(key, f"{last[key]:.4g}") for key in shown if last.get(key) is not None])
+        print(save_results(out, args, dict(settings=settings, **last)), plot_train(out, args, records), log, out / "checkpoint.pt",
+              sep="\n")
     if world > 1:
         dist.destroy_process_group()
 
@@ -868,18 +883,16 @@ def sample(args):
     if args.model:
         model, tokenizer = GPT.from_pretrained(args.model), "gpt2"
     else:
-        runs = sorted(Path("out/sophia").glob("train-*/checkpoint.pt"), key=os.path.getmtime)
-        path = Path(args.out) / "checkpoint.pt" if args.out else runs[-1] if runs else Path("out/sophia/train-tiny-sophiag/checkpoint.pt")
-        if not path.exists():
-            fail(f"no checkpoint at {path}: train first (python sophia.py train), or name one of OpenAI's models with --model")
-        saved = load_checkpoint(path)
+        runs = sorted(Path(args.out or "out/sophia").glob("**/checkpoint.pt"), key=os.path.getmtime)
+        if not runs:
+            fail(f"no checkpoint in {args.out or 'out/sophia'}: first python sophia.py train, or one of OpenAI's with --model")
+        saved = load_checkpoint(runs[-1])
         model = GPT(GPTConfig(**{key: saved["settings"][key] for key in GPTConfig.__dataclass_fields__}))
         model.load_state_dict(saved["model"])
         tokenizer = saved["settings"]["tokenizer"]
     _, encode, decode = get_tokenizer(tokenizer)
-    ids = generate(model.to(device).eval(), encode(args.prompt).tolist(), args.tokens, args.temperature, args.top_k, args.seed,
-                   N_VOCAB[tokenizer])
-    print(decode(ids))
+    ids = encode(args.prompt or "\n").tolist()
+    print(decode(generate(model.to(device), ids, args.tokens, args.temperature, args.top_k, args.seed, N_VOCAB[tokenizer])))
 
 
 # ============================================================================================== the experiments
@@ -940,7 +953,8 @@ def run_once(job):
     with torch.no_grad():
         final = [loss_of(*get_batch(val_shards, 64, seq, device, 2**31, i))[0] for i in range(8)]
     final = float(torch.stack(final).mean())
-    return dict(loss=final if math.isfinite(final) else math.inf, seconds=seconds, win_rate=float(np.mean(win_rates or [math.nan])))
+    final = final if math.isfinite(final) else math.inf
+    return dict(loss=final, seconds=seconds, win_rate=float(np.mean(win_rates)) if win_rates else math.nan)
 
 
 @contextmanager
@@ -1038,46 +1052,46 @@ def compare(args):
     """
     device, _, rank, _ = set_up(args)
     problems = PROBLEMS if args.problem == "both" else [args.problem]
-    out, steps, seeds, rows, lines = Path(args.out or "out/sophia/compare"), args.steps or 80, range(args.seed, args.seed + args.seeds), [], []
-    lengths = [max(1, steps // 2), steps, 2 * steps]
+    out, steps, seeds = Path(args.out or "out/sophia/compare"), args.steps or 80, range(args.seed, args.seed + args.seeds)
+    lengths, rows, lines, ddof = [max(1, steps // 2), steps, 2 * steps], [], [], int(args.seeds > 1)
     n_trials = sum(len(values) for _, values in SEARCH["gpt"]["adamw"][1])
     with workers(args, device, len(problems) * (len(NAMES) * n_trials + (len(NAMES) + 2) * len(seeds))) as run:
         for problem in problems:
             shared = dict(problem=problem, data=args.data, device=str(device), batch_size=args.batch_size or 16)
             tuned = tune(problem, dict(shared, steps=steps, seed=args.seed + 1000), run)
             finals = [("adamw", n) for n in lengths] + [(name, steps) for name in tuned if name != "adamw"]
-            results = iter(run([dict(shared, optimizer=name, steps=n, seed=seed, **tuned[name][0]) for name, n in finals for seed in seeds]))
-            done = {}
+            jobs = [dict(shared, optimizer=name, steps=n, seed=seed, **tuned[name][0]) for name, n in finals for seed in seeds]
+            results, done = iter(run(jobs)), {}
             for name, n in finals:
                 group = [next(results) for _ in seeds]
-                done[name, n] = dict(problem=problem, optimizer=name, steps=n, trials=n_trials, settings=tuned[name][0], edges=tuned[name][1],
-                                     **{key: [r[key] for r in group] for key in ("loss", "seconds", "win_rate")})
+                done[name, n] = dict(problem=problem, optimizer=name, steps=n, **{key: [r[key] for r in group] for key in group[0]})
+                done[name, n] |= dict(settings=tuned[name][0], edges=tuned[name][1], trials=n_trials)
             adam = np.array([done["adamw", n]["loss"] for n in lengths])  # (length, seed)
             for row in done.values():
                 row["speedup"] = [speedup(loss, lengths, adam[:, i]) for i, loss in enumerate(row["loss"])]
             rows += done.values()
             for name in ("sophiag", "sophiah"):
-                ours, same = done[name, steps], done["adamw", steps]
-                gap, cost = np.array(ours["loss"]) - same["loss"], np.sum(ours["seconds"]) / np.sum(same["seconds"])
-                holds = "holds" if np.mean(ours["loss"]) <= adam[2].mean() else "does not hold"
-                lines.append(f"{problem}: {NAMES[name]} {'behind' if gap.mean() > 0 else 'ahead of'} AdamW at {steps} steps, {gap.mean():+.3f} ± "
-                             f"{gap.std(ddof=len(seeds) > 1):.3f} (paired, n = {len(seeds)}); speed-up {spread(ours['speedup'])} in steps, at "
-                             f"{cost:.2f} times the time a step. The paper's 2 {holds} here: AdamW at {2 * steps} steps has {adam[2].mean():.3f}.")
-    if rank > 0:
-        return
-    print_table(
-        ("problem", "optimizer", "steps", "loss", "± sd", "speed-up", "win rate", "s a run", "settings (* = edge of what was tried)"),
-        [(row["problem"], NAMES[row["optimizer"]], row["steps"], float(np.mean(row["loss"])), float(np.std(row["loss"], ddof=len(seeds) > 1)),
-          spread(row["speedup"]), float(np.mean(row["win_rate"])) if "gamma" in row["settings"] else "", float(np.mean(row["seconds"])),
-          ", ".join(f"{key}{'*' if key in row['edges'] else ''} {row['settings'][key]:g}" for key in TUNED if key in row["settings"]))
-         for row in rows])
-    print(*lines, save_results(out, args, dict(table=rows, verdicts=lines)), plot_compare(out, args, rows), sep="\n")
+                ours = done[name, steps]
+                gap, cost = np.array(ours["loss"]) - adam[1], np.sum(ours["seconds"]) / np.sum(done["adamw", steps]["seconds"])
+                lines.append(
+                    f"{problem}: {NAMES[name]} {'behind' if gap.mean() > 0 else 'ahead of'} AdamW at {steps} steps, {gap.mean():+.3f} ± "
+                    f"{gap.std(ddof=ddof):.3f} (paired, n = {len(seeds)}); speed-up {spread(ours['speedup'])} in steps, each of which "
+                    f"takes {cost:.2f} times as long. The paper's 2 {'holds' if gap.mean() <= (adam[2] - adam[1]).mean() else 'fails'} "
+                    f"here: AdamW at {2 * steps} steps has {adam[2].mean():.3f}.")
+    if rank == 0:
+        print_table(
+            ("problem", "optimizer", "steps", "loss", "± sd", "speed-up", "win rate", "s a run", "settings (* = edge of those tried)"),
+            [(row["problem"], NAMES[row["optimizer"]], row["steps"], np.mean(row["loss"]).item(), np.std(row["loss"], ddof=ddof).item(),
+              spread(row["speedup"]), np.mean(row["win_rate"]).item(), np.mean(row["seconds"]).item(), " ".join(
+                  f"{key}{'*' if key in row['edges'] else ''}={row['settings'][key]:g}" for key in TUNED if key in row["settings"]))
+             for row in rows])
+        print(*lines, save_results(out, args, dict(table=rows, verdicts=lines)), plot_compare(out, args, rows), sep="\n")
 
 
 def toy(args):
     """Figure 2: why clip. L(a, b) = 8(a − 1)²(1.3a² + 2a + 1) + (b − 4)²/2, from (0.2, 0), 50 steps, exact derivatives.
 
-    The paper gives neither start nor learning rates; these are ours. Sophia without averages: θ ← θ − 0.3·clip(g/max(0.3·h, ε), 1).
+    The paper gives neither start nor rates; these are ours. Sophia without averages: θ ← θ − 0.3·clip(g/max(0.3·h, ε), 1).
     """
     out = Path(args.out or "out/sophia/toy")
 
@@ -1149,12 +1163,13 @@ def ablate(args):
 
 
 def bench(args):
-    """Section 3.3: what an update costs, over the tensors of a model, each optimizer in a process of its own, one after the other.
+    """Section 3.3: what an update costs over the tensors of a model, each optimizer in a process of its own, one after another.
     (The output head with and without its kernel: python -m kernels.linear_cross_entropy.)"""
     device, *_ = set_up(args)
     name, out = args.model or "gpt2", Path(args.out or "out/sophia/bench")
     rows = []
-    for kind in tqdm(("AdamW fused", "AdamW foreach", "Lion", "Sophia, tensor by tensor", "Sophia", "Sophia fused"), disable=args.quiet):
+    kinds = ("AdamW fused", "AdamW foreach", "Lion", "Sophia, tensor by tensor", "Sophia", "Sophia fused")
+    for kind in tqdm(kinds, "bench", disable=args.quiet):
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             rows.append((kind, *pool.submit(time_steps, kind, name, str(device)).result()))
     base = rows[0][1]
@@ -1191,7 +1206,8 @@ def time_steps(kind, name, device):
     if isinstance(opt, Sophia):
         refresh = seconds(lambda: opt.update_hessian(grads, n_terms=1000))
         if kind == "Sophia, tensor by tensor":
-            step = torch.no_grad()(lambda: [sophia_rule_(p, p.grad, *opt.averages(p), 1e-4, 0.96, 0.05, 1e-12, 0.2, 1.0) for p in params])
+            settings = (1e-4, 0.96, 0.05, 1e-12, 0.2, 1.0)
+            step = torch.no_grad()(lambda: [sophia_rule_(p, p.grad, *opt.averages(p), *settings) for p in params])
     step_seconds = seconds(step)
     state = sum(t.nbytes for state in opt.state.values() for t in state.values() if torch.is_tensor(t))
     if params[0].is_cuda:
@@ -1227,8 +1243,8 @@ def plot_compare(out, args, rows):
         for ax, problem in zip(axes[0], dict.fromkeys(row["problem"] for row in rows)):
             for name in NAMES:
                 runs = [row for row in rows if (row["problem"], row["optimizer"]) == (problem, name)]
-                shift = 1.06 ** (list(NAMES).index(name) - 2.5) if name != "adamw" else 1  # side by side, not on top of each other
-                ax.errorbar([row["steps"] * shift for row in runs], [np.mean(row["loss"]) for row in runs], [np.std(row["loss"]) for row in runs],
+                shift = 1 if name == "adamw" else 1.06 ** (list(NAMES).index(name) - 2.5)  # side by side, not on top
+                ax.errorbar([row["steps"] * shift for row in runs], *zip(*((np.mean(row["loss"]), np.std(row["loss"])) for row in runs)),
                             marker="o", capsize=3, label=NAMES[name], color="black" if name == "adamw" else None)
             ax.set(xscale="log", xlabel="steps, each run with its own schedule",
                    title={"gpt": "small GPT", "bigram": "convex bigram model"}[problem] + ": below the line is ahead of AdamW")
@@ -1247,7 +1263,7 @@ def plot_toy(out, args, paths, loss):
         for (name, path), marker in zip(paths.items(), "os^Dv"):
             ax.plot(*path.T, marker=marker, ms=4, lw=1, label=name)
         ax.plot(1, 4, "k*", ms=14, zorder=5)
-        ax.set(xlabel="a (sharp)", ylabel="b (flat)", xlim=(-1.1, 1.5), ylim=(-0.5, 5.2), title="50 steps from (0.2, 0); the star is the minimum")
+        ax.set(xlabel="a (sharp)", ylabel="b (flat)", title="50 steps from (0.2, 0); the star is the minimum")
         ax.legend()
 
     return figure(out, "toy.png", args, draw, figsize=(6, 4.6))
@@ -1266,18 +1282,19 @@ def plot_train(out, args, records):
 
 # ============================================================================================== command line
 
-TASKS = ("compare", "train", "toy", "ablate", "bench", "sample")
+TASKS = {"compare": compare, "train": train, "toy": toy, "ablate": ablate, "bench": bench, "sample": sample}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.error = fail  # one line, exit code 2
     flag, count, share = parser.add_argument, number(int, 1), number(float, 0, 0.999999)
-    flag("task", nargs="?", choices=TASKS, help="compare (default): AdamW against Sophia; train (default with --model); toy: figure 2; "
-         "ablate: section 3.4; bench: cost of a step; sample: continue --prompt")
+    flag("task", nargs="?", choices=TASKS, help="compare (the default): what is a step of Sophia worth in steps of AdamW; train (the "
+         "default with --model): pre-train a GPT; toy: figure 2; ablate: section 3.4; bench: cost of a step; sample: continue --prompt")
     flag("--model", choices=GPT_SIZES, help="train, sample, bench: size of the GPT (train: tiny; bench: gpt2)")
     flag("--optimizer", choices=RECIPES, default="sophiag", help="train: which optimizer")
-    flag("--data", default="stdlib", help="stdlib, prose, code; shakespeare, fineweb:N (download, N shards); a text file; a folder of .bin shards")
+    flag("--data", default="stdlib", help="stdlib (default), prose, code; shakespeare, fineweb:N (downloads; N shards); a "
+         "text file; a folder of .bin shards")
     flag("--tokenizer", choices=("auto", "bytes", "gpt2"), help="train: bytes for tiny, else auto (gpt2 where tiktoken has it)")
     flag("--problem", choices=(*PROBLEMS, "both"), default="both", help="compare: which problem")
     flag("--seeds", type=count, default=3, help="compare, ablate: number of seeds, from --seed on")
@@ -1292,7 +1309,8 @@ def parse_args(argv=None):
     flag("--gamma", type=number(float, 1e-12), help="train: lower = more coordinates clipped (Sophia-G 0.05, Sophia-H 0.01)")
     flag("--k", type=count, help="train: updates between two refreshes of the curvature (10)")
     flag("--warmup", type=number(int, 0), help="train: updates of linear warm-up (2000, the paper's, or a twentieth of --steps)")
-    flag("--scale_attn_by_layer", action="store_true", help="train: attention logits of layer i over i + 1, which the paper's baselines need")
+    flag("--scale_attn_by_layer", action="store_true", help="train: divide the attention logits of layer i by i + 1, as "
+         "the paper's baselines need")
     flag("--pretrained", action="store_true", help="train: start from OpenAI's weights (download)")
     flag("--eval_every", type=count, default=1000, help="train: updates between validations")
     flag("--eval_tokens", type=number(int, 0), default=10_485_760, help="train: validation tokens, the first so many; 0 = all")
@@ -1304,21 +1322,23 @@ def parse_args(argv=None):
     flag("--temperature", type=number(float, 0), default=0.8, help="sample: 0 = always the likeliest")
     flag("--top_k", type=count, default=50, help="sample: draw among the k likeliest")
     flag("--device", default="auto", help="auto is cuda, else mps, else cpu")
-    flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="train: of matrix products; auto is bfloat16 on cuda")
+    flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="train: of matmuls; auto: bfloat16 on cuda")
     flag("--seed", type=number(int, 0, 2**31), default=0, help="of weights, data order and drawn labels")
     flag("--out", help="folder for results, figures and checkpoints (out/sophia/<task>…)")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="train: torch.compile (on for cuda); on a CPU it needs a C++ compiler")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="train: torch.compile; on for cuda, on a CPU needs a C++ compiler")
     flag("--no_plot", action="store_true", help="write no figure")
     flag("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
     args.task = args.task or ("train" if args.model else "compare")
+    if args.resume and args.task != "train":
+        fail("--resume goes with train alone")
     return args
 
 
 def main():
     args = parse_args()
     try:
-        {"compare": compare, "train": train, "toy": toy, "ablate": ablate, "bench": bench, "sample": sample}[args.task](args)
+        TASKS[args.task](args)
     except KeyboardInterrupt:
         fail("stopped")
 

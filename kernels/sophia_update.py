@@ -98,10 +98,10 @@ def by_dtype(*columns):
         first = row[0]
         for t in row:
             if t.shape != first.shape or t.device != first.device or t.stride() != first.stride() or t.dtype not in TYPES:
-                raise ValueError(f"sophia kernels: {t.dtype} {tuple(t.shape)} on {t.device} beside {first.dtype} "
-                                 f"{tuple(first.shape)} on {first.device}: one shape, one layout, one device, a float type")
-        if first.untyped_storage().nbytes() < first.numel() * first.element_size() or not torch.ops.aten.is_non_overlapping_and_dense(first):
-            raise ValueError(f"sophia kernels: a tensor of strides {first.stride()} is not dense")
+                raise ValueError(f"sophia kernels: {t.dtype} {tuple(t.shape)} on {t.device} beside {first.dtype} {tuple(first.shape)} on "
+                                 f"{first.device}; want one shape, one layout, one device and float32, bfloat16 or float16")
+        if not torch.ops.aten.is_non_overlapping_and_dense(first):
+            raise ValueError(f"sophia kernels: a tensor of shape {tuple(first.shape)} and strides {first.stride()} has gaps or overlaps")
         if first.numel():
             groups.setdefault((first.device, *(t.dtype for t in row)), []).append(row)
     for (device, *dtypes), rows in groups.items():
@@ -132,3 +132,55 @@ def hessian_ema_(hessians, estimates, beta2, n_terms=None):
             raise ValueError("sophia kernels: hessians must be float32")
         hessian_ema_kernel[(len(tensor),)](table, tensor, first, beta2, float(n_terms or 0), e, n_terms is not None, aligned,
                                            BLOCK, num_warps=8)
+
+
+def check(device):
+    """The kernels against the plain versions, on sizes that are no multiple of anything."""
+    import sophia
+
+    shapes = [(1,), (127,), (33, 31), (4097,), (0,), (3, 5, 7)]
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        make = [[torch.randn(shape).to(device, d) for shape in shapes] for d in (dtype, dtype, torch.float32, torch.float32)]
+        plain, fused = ([[t.clone() for t in column] for column in make] for _ in range(2))
+        wins = [update(*columns, 1e-2, 0.9, 0.5, 1e-12, 0.1) for update, columns in ((sophia.sophia_update_, plain), (sophia_update_, fused))]
+        for ema, columns in ((sophia.hessian_ema_, plain), (hessian_ema_, fused)):
+            ema(columns[3], columns[1], 0.9, 7)
+        assert int(wins[0]) == int(wins[1]), wins
+        for column, tolerance in zip(range(4), (1e-6 if dtype == torch.float32 else 2**-7, 0, 1e-6, 1e-6)):
+            for a, b in zip(plain[column], fused[column]):
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        print(f"{dtype}: kernels = plain versions, {int(wins[0])} of {sum(t.numel() for t in make[0])} coordinates not clipped")
+
+
+def benchmark():
+    """Times over gpt2-medium's tensors, and bytes a second as a share of what a plain copy reaches on this card."""
+    import sophia
+
+    params = list(sophia.GPT(sophia.GPTConfig(**sophia.GPT_SIZES["gpt2-medium"])).cuda().parameters())
+    columns = [[p.detach() for p in params], *([torch.rand_like(p) for p in params] for _ in range(3))]
+    n, settings = sum(p.numel() for p in params), (1e-5, 0.96, 0.05, 1e-12, 0.2, 1.0)
+    for p, g in zip(params, columns[1]):
+        p.grad = g
+    adam = torch.optim.AdamW(params, 1e-5, fused=True)
+    source, target = torch.empty(2, 2**28, device="cuda")
+    copy = 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source))  # bytes a ms
+    runs = [("step, plain", 24, lambda: sophia.sophia_update_(*columns, *settings)),
+            ("step, torch.compile", 24, lambda: sophia.compiled_sophia_update_(*columns, *settings)),
+            ("step, kernel", 24, lambda: sophia_update_(*columns, *settings)),
+            ("torch's fused AdamW", 28, adam.step),
+            ("average, plain", 12, lambda: sophia.hessian_ema_(columns[3], columns[1], 0.99, 1000)),
+            ("average, kernel", 12, lambda: hessian_ema_(columns[3], columns[1], 0.99, 1000))]
+    print(f"{torch.cuda.get_device_name()}, gpt2-medium, {n / 1e6:.0f}M parameters, copy {copy / 1e6:.0f} GB/s")
+    with torch.no_grad():
+        for name, n_bytes, run in runs:
+            ms = triton.testing.do_bench(run)
+            print(f"{name:22}{ms:8.2f} ms {n_bytes * n / ms / 1e6:8.0f} GB/s {n_bytes * n / ms / copy:6.0%} of the copy")
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+        raise SystemExit("no GPU: with TRITON_INTERPRET=1 the check runs on a CPU")
+    check("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        benchmark()

@@ -1,0 +1,112 @@
+"""The rules of the house that a machine can check, for every root file that is there."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parent.parent
+PAPERS = ("sophia backpack anticipation lexinvariant spsa_distributed onesided_mc ecosystem neqa lost_in_middle review_consistency").split()
+ROOT_FILES = [name for name in PAPERS if (HOUSE / f"{name}.py").exists()]
+PACKAGES = {"torch", "numpy", "tiktoken", "mido", "tqdm", "einops", "triton", "matplotlib", "kernels"}
+QUICK = {"sophia": ["toy"]}  # a task of each file that takes a second: it must work from a folder that holds nothing else
+
+
+def tree(name):
+    return ast.parse((HOUSE / f"{name}.py").read_text("utf-8"))
+
+
+def imported(module):
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
+def drifted(modules):
+    """{file: tree} → names of top-level functions and classes that two files define differently, with both places."""
+    seen, found = {}, []
+    for file, module in modules.items():
+        for node in module.body:
+            task = isinstance(node, ast.FunctionDef) and (node.name in ("main", "parse_args") or [a.arg for a in node.args.args] == ["args"])
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not task:
+                other = seen.setdefault(node.name, (ast.dump(node), file, node.lineno))
+                if other[0] != ast.dump(node):
+                    found.append(f"{node.name}: {other[1]}.py:{other[2]} and {file}.py:{node.lineno}")
+    return found
+
+
+def run(*command, cwd=HOUSE, **env):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", ROOT_FILES)
+def test_imports(name):
+    extra = set(imported(tree(name))) - PACKAGES - set(sys.stdlib_module_names)
+    assert not extra, f"{name}.py imports {extra}: only the standard library, the card's packages and kernels"
+
+
+def test_same_name_same_code():
+    assert not drifted({name: tree(name) for name in ROOT_FILES})
+
+
+def test_drift_is_seen():
+    same, other = ast.parse("def f(x):\n    return x"), ast.parse("def f(x):\n    # a comment is no drift\n    return x")
+    changed = ast.parse("\ndef f(x):\n    return x + 1\ndef main():\n    return 1\ndef task(args):\n    return 2")
+    tasks = ast.parse("def main():\n    return 3\ndef task(args):\n    return 4")
+    assert not drifted({"a": same, "b": other, "c": tasks})
+    assert drifted({"a": same, "b": changed, "c": tasks}) == ["f: a.py:1 and b.py:2"]
+
+
+IMPORT_QUIETLY = """
+import os, sys, torch
+state, threads = torch.get_rng_state(), torch.get_num_threads()
+def hook(event, args):
+    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    if event.startswith(("socket.connect", "socket.getaddrinfo", "urllib")) or writes:
+        raise RuntimeError(f"importing does {event} {args}")
+sys.addaudithook(hook)
+import NAME
+assert not torch.cuda.is_initialized() and torch.get_default_device().type == "cpu" and not torch.distributed.is_initialized()
+assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads(), "importing seeds or sets threads"
+assert "matplotlib" not in sys.modules, "importing loads matplotlib"
+"""
+
+
+@pytest.mark.parametrize("name", ROOT_FILES)
+def test_importing_does_nothing(name, tmp_path):
+    done = run("-c", IMPORT_QUIETLY.replace("NAME", name), cwd=tmp_path, PYTHONPATH=str(HOUSE), PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == done.stderr == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ROOT_FILES)
+def test_works_alone(name, tmp_path):
+    """Copied into an empty folder, without kernels/."""
+    shutil.copy(HOUSE / f"{name}.py", tmp_path)
+    help_text = run(f"{name}.py", "--help", cwd=tmp_path, PYTHONPATH="")
+    assert help_text.returncode == 0 and "--seed" in help_text.stdout and "--device" in help_text.stdout, help_text.stderr
+    done = run(f"{name}.py", *QUICK[name], cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+    for path in done.stdout.split()[-2:]:  # the paths come last
+        assert (tmp_path / path).is_file()
+
+
+def test_readme():
+    text = (HOUSE / "README.md").read_text("utf-8")
+    figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert figures and all((HOUSE / figure).is_file() for figure in figures), figures
+    assert {Path(figure) for figure in figures} == {p.relative_to(HOUSE) for p in (HOUSE / "assets").iterdir()}, "a figure nobody shows"
+    for name in ROOT_FILES:
+        assert f"`{name}.py`" in text, f"README.md has no row for {name}.py"
+
+
+def test_requirements_are_pinned_and_allowed():
+    pins = dict(line.split(";")[0].strip().split("==") for line in (HOUSE / "requirements.txt").read_text().splitlines())
+    assert set(pins) == (PACKAGES - {"kernels"}) | {"pytest"}
