@@ -378,6 +378,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name):
         """OpenAI's public weights of gpt2, gpt2-medium, gpt2-large or gpt2-xl, downloaded once (0.5 to 6 GB)."""
+        if not name.startswith("gpt2"):
+            fail(f"there are public weights of {', '.join(size for size in GPT_SIZES if size.startswith('gpt2'))}, none of {name}")
         url = f"https://huggingface.co/openai-community/{name}/resolve/main/model.safetensors"
         return cls(GPTConfig(**GPT_SIZES[name], vocab_size=50257, bias=True)).load_openai(read_safetensors(download(url)))
 
@@ -701,7 +703,7 @@ class Loss(nn.Module):
 
 
 def curvature(estimator, loss_of, params, batches):
-    """ĥ for params: the mean over micro-batches (idx, targets, seed), and over ranks, of one estimate each.
+    """ĥ for params: the mean over micro-batches (idx, targets, seed) of one estimate each.
 
     Squaring ĝ by micro-batch, not the mean ĝ of all as the paper does, has the same expectation and with M of them 1/M of the
     variance: each square is about σ²·χ²₁, however large its batch. estimator: "bartlett", "hutchinson", or "fisher" (the Bartlett
@@ -717,9 +719,6 @@ def curvature(estimator, loss_of, params, batches):
             loss, n_terms = loss_of(idx, targets, seed if estimator == "bartlett" else None)
             estimate = torch.autograd.grad(loss, params)
         hessian_ema_(total, estimate, i / (i + 1), n_terms)  # a running mean is a moving average with β2 = i/(i + 1)
-    for t in total if dist.is_initialized() else ():
-        dist.all_reduce(t)
-        t /= dist.get_world_size()
     return total
 
 
@@ -777,7 +776,8 @@ def train(args):
     if warmup >= steps:
         fail(f"--warmup {warmup} leaves nothing of --steps {steps}")
     accumulate = batch // (micro * world)
-    n_hess = max(1, round(accumulate * (1 / 2 if args.optimizer == "sophiag" else 1 / 15)))  # the paper's 240 and 32 of 480
+    hess_batch = args.hess_batch or batch // (2 if args.optimizer == "sophiag" else 15)  # the paper's 240 and 32 of 480
+    n_hess = max(1, math.ceil(hess_batch / (micro * world)))  # micro-batches of a curvature estimate on each rank
     shards, val_shards, tokenizer = load_tokens(args.data, args.tokenizer or ("bytes" if name == "tiny" else "auto"), seq)
 
     if args.pretrained:
@@ -790,7 +790,7 @@ def train(args):
     recipe = dict(RECIPES[args.optimizer], lr=LEARNING_RATES[name][{"adamw": 0, "lion": 1, "signum": 1}.get(args.optimizer, 2)])
     recipe |= {key: getattr(args, key) for key in recipe if getattr(args, key) is not None}
     opt = make_optimizer(args.optimizer, model, **recipe, fused=args.compile or None)
-    settings = dict(**asdict(model.config), optimizer=args.optimizer, **recipe, batch_size=batch, steps=steps, warmup=warmup,
+    settings = dict(**asdict(model.config), optimizer=args.optimizer, **recipe, batch_size=batch, hess_batch=hess_batch, steps=steps, warmup=warmup,
                     seed=args.seed, data=args.data, tokenizer=tokenizer,
                     corpus=corpus_hash(shards))
     first, clips = 0, 0
@@ -835,7 +835,11 @@ def train(args):
             if isinstance(opt, Sophia) and opt.hessian_due:
                 with autocast():
                     estimator = "hutchinson" if args.optimizer == "sophiah" else "bartlett"
-                    opt.update_hessian(curvature(estimator, loss_of, opt.params, micro_batches(step, n_hess)))
+                    estimates = curvature(estimator, loss_of, opt.params, micro_batches(step, n_hess))
+                for estimate in estimates if world > 1 else ():
+                    dist.all_reduce(estimate)
+                    estimate /= world
+                opt.update_hessian(estimates)
             total = torch.zeros((), device=device)
             for i, (idx, targets, _) in enumerate(micro_batches(step, accumulate)):
                 with ddp.no_sync() if world > 1 and i < accumulate - 1 else nullcontext():
@@ -961,16 +965,20 @@ def run_once(job):
 def workers(args, device, n_jobs):
     """Yields run(jobs) → results in order: shared out among torchrun's ranks, among the cores of a CPU, or one by one on a GPU."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    one_by_one = world > 1 or device.type != "cpu"
-    pool = None if one_by_one else ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,))
+    alone = world > 1 or device.type != "cpu"
+    pool = None if alone else ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,))
 
     def run(jobs):
-        if world == 1:
-            return [bar.update() or result for result in (map if one_by_one else pool.map)(run_once, jobs)]
-        shares = [None] * world
-        dist.all_gather_object(shares, [run_once(job) for job in jobs[dist.get_rank() :: world]])
-        bar.update(len(jobs))
-        return [shares[i % world][i // world] for i in range(len(jobs))]
+        if world > 1:
+            shares = [None] * world
+            dist.all_gather_object(shares, [run_once(job) for job in jobs[dist.get_rank() :: world]])
+            bar.update(len(jobs))
+            return [shares[i % world][i // world] for i in range(len(jobs))]
+        results = []
+        for result in (pool.map if pool else map)(run_once, jobs):
+            bar.update()
+            results.append(result)
+        return results
 
     with tqdm(total=n_jobs, desc=args.task, unit="run", disable=args.quiet or world > 1 and dist.get_rank() > 0) as bar:
         with pool or nullcontext():
@@ -1028,13 +1036,18 @@ def tune(problem, shared, run):
     return tuned
 
 
-def speedup(loss, lengths, losses):
-    """Steps that the baseline needs for this loss, over lengths[1]. Its runs of `lengths` steps, each with its own schedule, ended
-    at `losses`; between them, linear in log(steps). −inf or inf where that would extrapolate."""
-    losses = np.minimum.accumulate(losses)
-    if not losses[-1] <= loss <= losses[0]:
-        return math.inf if loss < losses[-1] else -math.inf
-    return math.exp(np.interp(-loss, -losses, np.log(lengths))) / lengths[1]
+def speedup(loss, losses):
+    """How many times T steps the baseline needs for this loss, given its losses after T/2, T and 2T steps, each run with its own
+    schedule: on the curve L = a + b·T^−c through the three. −inf or inf outside them: no extrapolation."""
+    first, second = losses[0] - losses[1], losses[1] - losses[2]
+    if not min(losses) <= loss <= losses[0]:
+        return math.inf if loss < losses[0] else -math.inf
+    if min(first, second) <= 0 or first == second:  # no such curve: straight lines in log T
+        doublings = (losses[0] - loss) / first if first > 0 and loss >= losses[1] else 1 + (losses[1] - loss) / second
+    else:
+        r = second / first  # L(T/2) − L falls short of its limit by r = 2^−c for each doubling
+        doublings = math.log(1 - (losses[0] - loss) * (1 - r) / first) / math.log(r)
+    return 2 ** (doublings - 1)
 
 
 def spread(factors):
@@ -1052,8 +1065,9 @@ def compare(args):
     """
     device, _, rank, _ = set_up(args)
     problems = PROBLEMS if args.problem == "both" else [args.problem]
-    out, steps, seeds = Path(args.out or "out/sophia/compare"), args.steps or 80, range(args.seed, args.seed + args.seeds)
-    lengths, rows, lines, ddof = [max(1, steps // 2), steps, 2 * steps], [], [], int(args.seeds > 1)
+    out, seeds, ddof = Path(args.out or "out/sophia/compare"), range(args.seed, args.seed + args.seeds), int(args.seeds > 1)
+    half = max(1, (args.steps or 80) // 2)
+    lengths, steps, rows, lines = [half, 2 * half, 4 * half], 2 * half, [], []
     n_trials = sum(len(values) for _, values in SEARCH["gpt"]["adamw"][1])
     with workers(args, device, len(problems) * (len(NAMES) * n_trials + (len(NAMES) + 2) * len(seeds))) as run:
         for problem in problems:
@@ -1068,7 +1082,7 @@ def compare(args):
                 done[name, n] |= dict(settings=tuned[name][0], edges=tuned[name][1], trials=n_trials)
             adam = np.array([done["adamw", n]["loss"] for n in lengths])  # (length, seed)
             for row in done.values():
-                row["speedup"] = [speedup(loss, lengths, adam[:, i]) for i, loss in enumerate(row["loss"])]
+                row["speedup"] = [speedup(loss, adam[:, i]) for i, loss in enumerate(row["loss"])]
             rows += done.values()
             for name in ("sophiag", "sophiah"):
                 ours = done[name, steps]
@@ -1300,6 +1314,8 @@ def parse_args(argv=None):
     flag("--seeds", type=count, default=3, help="compare, ablate: number of seeds, from --seed on")
     flag("--steps", type=count, help="updates; compare: T = 80; ablate: 200; train: 100,000 on a GPU (the paper's), 300 on a CPU")
     flag("--batch_size", type=count, help="train: sequences an update, over all ranks (480 on a GPU, the paper's; 8 on a CPU)")
+    flag("--hess_batch", type=count, help="train: of them in a curvature estimate, rounded up to whole micro-batches on every rank (the "
+         "paper's share: a half for Sophia-G, a fifteenth for Sophia-H)")
     flag("--micro_batch_size", type=count, help="train: sequences a forward pass (8, if it divides)")
     flag("--seq", type=number(int, 2), help="train: context in tokens (1024, the paper's; tiny: 128)")
     flag("--lr", type=number(float, 0), help="train: peak learning rate (the paper's for the model; tiny: tuned by us)")

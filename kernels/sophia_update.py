@@ -143,7 +143,8 @@ def check(device):
         torch.manual_seed(0)
         make = [[torch.randn(shape).to(device, d) for shape in shapes] for d in (dtype, dtype, torch.float32, torch.float32)]
         plain, fused = ([[t.clone() for t in column] for column in make] for _ in range(2))
-        wins = [update(*columns, 1e-2, 0.9, 0.5, 1e-12, 0.1) for update, columns in ((sophia.sophia_update_, plain), (sophia_update_, fused))]
+        settings = (1e-2, 0.9, 0.5, 1e-12, 0.1)
+        wins = sophia.sophia_update_(*plain, *settings), sophia_update_(*fused, *settings)
         for ema, columns in ((sophia.hessian_ema_, plain), (hessian_ema_, fused)):
             ema(columns[3], columns[1], 0.9, 7)
         assert int(wins[0]) == int(wins[1]), wins

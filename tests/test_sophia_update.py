@@ -83,7 +83,7 @@ def test_optimizer_uses_the_kernel():
     start = [torch.randn(shape, device=DEVICE) for shape in SHAPES]
     both = [[t.clone().requires_grad_() for t in start] for _ in range(2)]
     opts = [Sophia(params, lr=1e-2, fused=fused) for params, fused in zip(both, (None, False))]
-    for step in range(5):
+    for _ in range(5):
         grads = [torch.randn_like(t) for t in start]
         for params, opt in zip(both, opts):
             opt.update_hessian(grads, n_terms=100)
