@@ -712,7 +712,7 @@ RECIPES = {  # the paper's and its repository's constants (section 3.1)
     "sophiah": dict(beta1=0.96, beta2=0.99, weight_decay=0.2, gamma=0.01, k=10),
 }
 LEARNING_RATES = {  # peak, by model: adamw, lion and signum, sophia (the paper's; tiny: ours; gpt2-xl: the paper's 1.5B)
-    "tiny": (4e-3, 1e-3, 1e-3), "30M": (1.2e-3, 4e-4, 1e-3), "gpt2": (6e-4, 1.5e-4, 6e-4), "gpt2-medium": (3e-4, 6e-5, 4e-4),
+    "tiny": (2e-3, 5e-4, 5e-4), "30M": (1.2e-3, 4e-4, 1e-3), "gpt2": (6e-4, 1.5e-4, 6e-4), "gpt2-medium": (3e-4, 6e-5, 4e-4),
     "gpt2-large": (2e-4, 8e-5, 3e-4), "gpt2-xl": (1.5e-4, 5e-5, 1.2e-4),
 }
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}  # bfloat16, dense, data sheets
@@ -832,6 +832,7 @@ def train(args):
     if warmup >= steps:
         fail(f"--warmup {warmup} leaves nothing of --steps {steps}")
     accumulate = batch // (micro * world)
+    eval_tokens = (10_485_760 if on_gpu else 0 if name == "tiny" else 16 * seq) if args.eval_tokens is None else args.eval_tokens
     hess_batch = args.hess_batch or batch // (2 if args.optimizer == "sophiag" else 15)  # the paper's 240 and 32 of 480
     n_hess = max(1, math.ceil(hess_batch / (micro * world)))  # micro-batches of a curvature estimate on each rank
     shards, val_shards, tokenizer = load_tokens(args.data, args.tokenizer or ("bytes" if name == "tiny" else "auto"), seq)
@@ -847,8 +848,7 @@ def train(args):
     recipe |= {key: getattr(args, key) for key in recipe if getattr(args, key) is not None}
     opt = make_optimizer(args.optimizer, model, **recipe, fused=args.compile or None)
     settings = dict(**asdict(model.config), optimizer=args.optimizer, **recipe, batch_size=batch, hess_batch=hess_batch, steps=steps,
-                    warmup=warmup, seed=args.seed, data=args.data, tokenizer=tokenizer,
-                    corpus=corpus_hash(shards))
+                    warmup=warmup, seed=args.seed, data=args.data, tokenizer=tokenizer, corpus=corpus_hash(shards))
     first, clips = 0, 0
     if args.resume:
         saved = load_checkpoint(out / "checkpoint.pt", device)
@@ -868,9 +868,11 @@ def train(args):
 
     out.mkdir(parents=True, exist_ok=True)
     log, records = out / "log.jsonl", []
-    if args.resume and log.exists():  # what came after the checkpoint happens again
-        records = [r for r in map(json.loads, log.read_text().splitlines()) if r["step"] <= first]
     if rank == 0:
+        if args.resume and log.exists():  # what came after the checkpoint happens again; a line cut short by the kill is dropped
+            records = [r for r in map(json.loads, log.read_text().split("\n")[:-1]) if r["step"] <= first]
+        elif not args.resume and (out / "checkpoint.pt").exists():
+            os.replace(out / "checkpoint.pt", out / "previous.pt")  # of another run
         log.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def note(**record):
@@ -906,7 +908,7 @@ def train(args):
             norm = float(nn.utils.clip_grad_norm_(params, 1.0))
             if not math.isfinite(norm):
                 bad = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()), "the norm")
-                fail(f"step {step}: the gradient of {bad} is not finite; --resume with a lower --lr or a higher --gamma")
+                fail(f"step {step}: the gradient of {bad} is not finite: start anew with a lower --lr or a higher --gamma")
             opt.step()
             opt.zero_grad()
             done, clips = step + 1, clips + (norm > 1)
@@ -919,7 +921,7 @@ def train(args):
                      mfu=speed * flops / (peak * world))
             if done % args.eval_every == 0 or done == steps:
                 with autocast():
-                    note(step=done, val_loss=evaluate(loss_of, val_shards, micro, seq, device, rank, world, args.eval_tokens))
+                    note(step=done, val_loss=evaluate(loss_of, val_shards, micro, seq, device, rank, world, eval_tokens))
             if rank == 0 and (done % args.save_every == 0 or done == steps):
                 state = dict(model=model.state_dict(), optimizer=opt.state_dict(), step=done, clips=clips, settings=settings)
                 save_checkpoint(out / "checkpoint.pt", state)
@@ -1074,7 +1076,7 @@ TUNED = ("lr", "beta1", "warmup", "beta2", "gamma")
 
 def tune(problem, shared, run):
     """→ {optimizer: (settings, names of the settings whose best value is the lowest or highest tried)}."""
-    best = {name: (math.inf, dict(start)) for name, (start, _) in SEARCH[problem].items()}
+    best = {name: (math.inf, dict(start, lr=rows[0][1][0])) for name, (start, rows) in SEARCH[problem].items()}
     for row in range(len(SEARCH[problem]["adamw"][1])):  # the same row of all optimizers at once: they share the cores
         jobs = []
         for name, (_, rows) in SEARCH[problem].items():
@@ -1117,13 +1119,15 @@ def spread(factors):
 def compare(args):
     """Section 3.2's question, asked fairly: how many steps of AdamW is one step of Sophia worth?
 
-    Equal tuning budgets; every run has a cosine schedule over just its own length; AdamW at T/2, T and 2T, the others at T.
+    Equal tuning budgets, at T steps and on another seed; every run has a cosine schedule over just its own length; AdamW at T/2, T
+    and 2T, the others at T. Tuning and results use the same validation tokens.
     """
     device, _, rank, _ = set_up(args)
     problems = PROBLEMS if args.problem == "both" else [args.problem]
     out, seeds, ddof = Path(args.out or "out/sophia/compare"), range(args.seed, args.seed + args.seeds), int(args.seeds > 1)
     half = max(1, (args.steps or 80) // 2)
     lengths, steps, rows, lines = [half, 2 * half, 4 * half], 2 * half, [], []
+    corpus = corpus_hash(cached_tokens(args.data, 64)[0])  # here, so that unusable data stops us before the workers start
     n_trials = sum(len(values) for _, values in SEARCH["gpt"]["adamw"][1])
     with workers(args, device, len(problems) * (len(NAMES) * n_trials + (len(NAMES) + 2) * len(seeds))) as run:
         for problem in problems:
@@ -1146,7 +1150,7 @@ def compare(args):
                 lines.append(
                     f"{problem}: {NAMES[name]} {'behind' if gap.mean() > 0 else 'ahead of'} AdamW at {steps} steps, {gap.mean():+.3f} ± "
                     f"{gap.std(ddof=ddof):.3f} (paired, n = {len(seeds)}); speed-up {spread(ours['speedup'])} in steps, each of which "
-                    f"takes {cost:.2f} times as long. The paper's 2 {'holds' if gap.mean() <= (adam[2] - adam[1]).mean() else 'fails'} "
+                    f"takes {cost:.2f} times as long. The paper's factor of 2 {'holds' if gap.mean() <= (adam[2] - adam[1]).mean() else 'fails'} "
                     f"here: AdamW at {2 * steps} steps has {adam[2].mean():.3f}.")
     if rank == 0:
         print_table(
@@ -1155,7 +1159,7 @@ def compare(args):
               spread(row["speedup"]), np.mean(row["win_rate"]).item(), np.mean(row["seconds"]).item(), " ".join(
                   f"{key}{'*' if key in row['edges'] else ''}={row['settings'][key]:g}" for key in TUNED if key in row["settings"]))
              for row in rows])
-        print(*lines, save_results(out, args, dict(table=rows, verdicts=lines)), plot_compare(out, args, rows), sep="\n")
+        print(*lines, save_results(out, args, dict(table=rows, verdicts=lines, corpus=corpus)), plot_compare(out, args, rows), sep="\n")
 
 
 def toy(args):
@@ -1382,7 +1386,8 @@ def parse_args(argv=None):
          "the paper's baselines need")
     flag("--pretrained", action="store_true", help="train: start from OpenAI's weights (download)")
     flag("--eval_every", type=count, default=1000, help="train: updates between validations")
-    flag("--eval_tokens", type=number(int, 0), default=10_485_760, help="train: validation tokens, the first so many; 0 = all")
+    flag("--eval_tokens", type=number(int, 0), help="train: validation tokens, the first so many; 0 = all (10,485,760 on a GPU; on a CPU "
+         "all for tiny, else 16 windows)")
     flag("--save_every", type=count, default=1000, help="train: updates between checkpoints")
     flag("--log_every", type=count, default=10, help="train: updates between lines of log.jsonl")
     flag("--resume", action="store_true", help="train: go on from the checkpoint in --out")

@@ -23,6 +23,8 @@ def inputs(tokens=37, d=24, rows=104, n_vocab=99, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("tokens, rows, n_vocab, chunk", [(37, 104, 99, 16), (1, 5, 5, 1024), (33, 130, 130, 8), (20, 4100, 4097, 7)])
 def test_equals_plain(dtype, tolerance, tokens, rows, n_vocab, chunk):
     hidden, weight, targets = inputs(max(tokens, 2), 24, rows, n_vocab, dtype)
+    with torch.no_grad():
+        weight[n_vocab - 1] *= 4  # often the largest logit: where rows take two blocks, the running maximum moves in the second
     losses = fused(hidden, weight, targets, n_vocab, chunk=chunk)[0], plain(hidden, weight, targets, n_vocab)[0]
     torch.testing.assert_close(*losses, rtol=1e-6 if dtype == torch.float32 else 1e-3, atol=1e-6)
     for a, b in zip(*(torch.autograd.grad(3 * loss, (hidden, weight)) for loss in losses)):

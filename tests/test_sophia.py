@@ -226,7 +226,7 @@ def test_what_the_optimizer_refuses():
 def test_lion_by_hand():
     p = torch.tensor([1.0, 1.0], requires_grad=True)
     opt = Lion([p], lr=0.1, betas=(0.5, 0.9), weight_decay=0.0)
-    for grad in ([1.0, -1.0], [-0.05, 3.0]):  # second: 0.5·m + 0.5·g = 0.025 > 0 though g < 0
+    for grad in ([1.0, -1.0], [-0.05, 0.15]):  # then m = ±0.1, and 0.5·m + 0.5·g = 0.025 in both: against g, then with it
         p.grad = torch.tensor(grad)
         opt.step()
     torch.testing.assert_close(p.detach(), torch.tensor([0.8, 1.0]))
