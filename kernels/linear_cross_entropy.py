@@ -22,6 +22,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels import run_as_program
+
 
 @triton.jit
 def cross_entropy_kernel(logits_ptr, targets_ptr, losses_ptr, count_ptr, first_row, n_vocab, n_columns, seed,
@@ -158,8 +160,4 @@ def benchmark():
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-        raise SystemExit("no GPU: with TRITON_INTERPRET=1 the check runs on a CPU")
-    check("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.cuda.is_available():
-        benchmark()
+    run_as_program(check, benchmark)

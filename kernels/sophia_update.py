@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import run_as_program
+
 BLOCK = 4096  # elements a program: 8 warps × 32 threads × 16 elements
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -180,8 +182,4 @@ def benchmark():
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-        raise SystemExit("no GPU: with TRITON_INTERPRET=1 the check runs on a CPU")
-    check("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.cuda.is_available():
-        benchmark()
+    run_as_program(check, benchmark)
