@@ -1045,8 +1045,9 @@ def workers(args, device, n_jobs):
         dist.destroy_process_group()
 
 
-# Every optimizer is tuned by the same coordinate search with the same number of trials, at T steps on a seed of its own: from a
-# start, one setting after the other, the best value so far kept. (start, [(setting, values tried), …]); warmup: share of T.
+# Every optimizer is tuned by the same search with the same number of trials, at T steps and on seeds of its own: from a start, one
+# setting after the other, the best value so far kept; then the two best of these trials on two more seeds, for a lucky run is no
+# tuning. (start, [(setting, values tried), …]); warmup: share of T.
 SIGN_LRS = (1e-4, 1.5e-3, 3e-3, 6e-3, 1e-2)  # for what moves most coordinates by the whole learning rate
 COMMON = [("beta1", (0.4, 0.9)), ("warmup", (0.1, 0.7))]
 CURVED = dict(beta1=0.6, beta2=0.95, warmup=0.4, weight_decay=0.1, gamma=0.02, k=5, bias_correction=True)
@@ -1075,22 +1076,30 @@ TUNED = ("lr", "beta1", "warmup", "beta2", "gamma")
 
 
 def tune(problem, shared, run):
-    """→ {optimizer: (settings, names of the settings whose best value is the lowest or highest tried)}."""
-    best = {name: (math.inf, dict(start, lr=rows[0][1][0])) for name, (start, rows) in SEARCH[problem].items()}
-    for row in range(len(SEARCH[problem]["adamw"][1])):  # the same row of all optimizers at once: they share the cores
-        jobs = []
-        for name, (_, rows) in SEARCH[problem].items():
-            setting, values = rows[row]
-            jobs += [(name, {**best[name][1], setting: value}) for value in values]
-        for (name, settings), result in zip(jobs, run([dict(shared, optimizer=name, **settings) for name, settings in jobs])):
-            best[name] = min(best[name], (result["loss"], settings), key=lambda pair: pair[0])
+    """→ {optimizer: (settings, names of the settings whose best value is the lowest or highest tried, number of trials)}."""
+
+    def trials(candidates, seed):  # [(optimizer, settings)] → their losses
+        jobs = [dict(shared, optimizer=name, seed=shared["seed"] + seed, **settings) for name, settings in candidates]
+        return [result["loss"] for result in run(jobs)]
+
+    search = SEARCH[problem]
+    tried = {name: [(math.inf, dict(start, lr=rows[0][1][0]))] for name, (start, rows) in search.items()}
+    for row in range(len(search["adamw"][1])):  # the same row of all optimizers at once: they share the cores
+        candidates = []
+        for name, (_, rows) in search.items():
+            best, (setting, values) = min(tried[name], key=lambda trial: trial[0])[1], rows[row]
+            candidates += [(name, {**best, setting: value}) for value in values]
+        for (name, settings), loss in zip(candidates, trials(candidates, 0)):
+            tried[name].append((loss, settings))
+    finalists = [(name, *trial) for name in tried for trial in sorted(tried[name], key=lambda trial: trial[0])[:2]]
+    more = [trials([(name, settings) for name, _, settings in finalists], seed) for seed in (1, 2)]
     tuned = {}
-    for name, (_, settings) in best.items():
-        start, rows = SEARCH[problem][name]
-        tried = {key: [start[key]] if key in start else [] for key, _ in rows}
-        for key, values in rows:
-            tried[key] += values
-        tuned[name] = settings, [key for key, values in tried.items() if settings[key] in (min(values), max(values))]
+    for name in search:
+        totals = [(loss + a + b, settings) for (other, loss, settings), a, b in zip(finalists, *more) if other == name]
+        settings = min(totals, key=lambda pair: pair[0])[1]
+        values = {key: {trial[key] for _, trial in tried[name][1:]} for key in settings}
+        edges = [key for key, seen in values.items() if len(seen) > 1 and settings[key] in (min(seen), max(seen))]
+        tuned[name] = settings, edges, len(tried[name]) - 1 + 4
     return tuned
 
 
@@ -1128,8 +1137,7 @@ def compare(args):
     half = max(1, (args.steps or 80) // 2)
     lengths, steps, rows, lines = [half, 2 * half, 4 * half], 2 * half, [], []
     corpus = corpus_hash(cached_tokens(args.data, 64)[0])  # here, so that unusable data stops us before the workers start
-    n_trials = sum(len(values) for _, values in SEARCH["gpt"]["adamw"][1])
-    with workers(args, device, len(problems) * (len(NAMES) * n_trials + (len(NAMES) + 2) * len(seeds))) as run:
+    with workers(args, device, len(problems) * (len(NAMES) * 15 + (len(NAMES) + 2) * len(seeds))) as run:
         for problem in problems:
             shared = dict(problem=problem, data=args.data, device=str(device), batch_size=args.batch_size or 16)
             tuned = tune(problem, dict(shared, steps=steps, seed=args.seed + 1000), run)
@@ -1139,7 +1147,7 @@ def compare(args):
             for name, n in finals:
                 group = [next(results) for _ in seeds]
                 done[name, n] = dict(problem=problem, optimizer=name, steps=n, **{key: [r[key] for r in group] for key in group[0]})
-                done[name, n] |= dict(settings=tuned[name][0], edges=tuned[name][1], trials=n_trials)
+                done[name, n] |= dict(zip(("settings", "edges", "trials"), tuned[name]))
             adam = np.array([done["adamw", n]["loss"] for n in lengths])  # (length, seed)
             for row in done.values():
                 row["speedup"] = [speedup(loss, adam[:, i]) for i, loss in enumerate(row["loss"])]

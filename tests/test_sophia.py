@@ -721,8 +721,8 @@ def test_default_run_in_small(tmp_path):
         assert word in out
     results, figure = (tmp_path / path for path in out.split()[-2:])
     table = json.loads(results.read_text())
-    assert len(table["table"]) == 14 and {row["trials"] for row in table["table"]} == {11} and {"seed", "command", "revision"} <= set(table)
-    assert figure.stat().st_size > 10_000 and "124/124" in err  # progress: 2 × (5 optimizers × 11 trials + 7 final runs)
+    assert len(table["table"]) == 14 and {row["trials"] for row in table["table"]} == {15} and {"seed", "command", "revision"} <= set(table)
+    assert figure.stat().st_size > 10_000 and "164/164" in err  # progress: 2 × (5 optimizers × 15 trials + 7 final runs)
 
 
 @pytest.mark.parametrize("optimizer", ["sophiag", "sophiah", "adamw"])
