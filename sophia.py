@@ -1045,61 +1045,51 @@ def workers(args, device, n_jobs):
         dist.destroy_process_group()
 
 
-# Every optimizer is tuned by the same search with the same number of trials, at T steps and on seeds of its own: from a start, one
-# setting after the other, the best value so far kept; then the two best of these trials on two more seeds, for a lucky run is no
-# tuning. (start, [(setting, values tried), …]); warmup: share of T.
-SIGN_LRS = (1e-4, 1.5e-3, 3e-3, 6e-3, 1e-2)  # for what moves most coordinates by the whole learning rate
-COMMON = [("beta1", (0.4, 0.9)), ("warmup", (0.1, 0.7))]
-CURVED = dict(beta1=0.6, beta2=0.95, warmup=0.4, weight_decay=0.1, gamma=0.02, k=5, bias_correction=True)
+# Every optimizer is tuned by the same search with the same number of trials: from a start, one setting after the other, the best
+# value so far kept. A trial is T steps on each of two seeds of its own, for one lucky run is no tuning. (start, [(setting, values
+# tried), …]); warmup: share of T.
+CURVED = dict(beta1=0.6, beta2=0.95, warmup=0.6, weight_decay=0.1, gamma=0.02, k=5, bias_correction=True)
+SIGNS = [("lr", (1e-4, 1.5e-3, 3e-3, 6e-3)), ("beta1", (0.4, 0.9)), ("warmup", (0.2,))]  # most coordinates move by the whole lr
+CONVEX = [("lr", (0.03, 0.07, 0.1, 0.14)), ("beta1", (0.4, 0.9)), ("warmup", (0.05,))]
 SEARCH = {
     "gpt": {
-        "adamw": (dict(beta1=0.7, beta2=0.95, warmup=0.4, weight_decay=0.1),
-                  [("lr", (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)), *COMMON, ("beta2", (0.9, 0.99))]),
-        "signum": (dict(beta1=0.6, warmup=0.4, weight_decay=0.1), [("lr", SIGN_LRS), *COMMON, ("lr", (2e-3, 4.5e-3))]),
-        "lion": (dict(beta1=0.6, beta2=0.9, warmup=0.4, weight_decay=0.1), [("lr", SIGN_LRS), *COMMON, ("beta2", (0.8, 0.95))]),
-        "sophiag": (CURVED, [("lr", SIGN_LRS), *COMMON, ("gamma", (0.005, 0.1))]),
-        "sophiah": (CURVED, [("lr", SIGN_LRS), *COMMON, ("gamma", (0.005, 0.1))]),
+        "adamw": (dict(beta1=0.6, beta2=0.95, warmup=0.6, weight_decay=0.1),
+                  [("lr", (2e-3, 4e-3, 8e-3, 1.6e-2)), *SIGNS[1:], ("beta2", (0.9,))]),
+        "signum": (dict(beta1=0.6, warmup=0.6, weight_decay=0.1), [*SIGNS, ("lr", (4.5e-3,))]),
+        "lion": (dict(beta1=0.6, beta2=0.9, warmup=0.6, weight_decay=0.1), [*SIGNS, ("beta2", (0.8,))]),
+        "sophiag": (CURVED, [*SIGNS, ("gamma", (0.005,))]),
+        "sophiah": (CURVED, [*SIGNS, ("gamma", (0.005,))]),
     },
     "bigram": {  # convex and undecayed: larger steps
-        "adamw": (dict(beta1=0.7, beta2=0.95, warmup=0.1, weight_decay=0.0),
-                  [("lr", (0.05, 0.1, 0.2, 0.3, 0.45)), ("beta1", (0.4, 0.9)), ("warmup", (0.02, 0.3)), ("beta2", (0.9, 0.99))]),
-        "signum": (dict(beta1=0.7, warmup=0.1, weight_decay=0.0),
-                   [("lr", (0.03, 0.07, 0.1, 0.13, 0.2)), ("beta1", (0.4, 0.9)), ("warmup", (0.02, 0.3)), ("lr", (0.08, 0.12))]),
-        "lion": (dict(beta1=0.7, beta2=0.9, warmup=0.1, weight_decay=0.0),
-                 [("lr", (0.03, 0.07, 0.1, 0.13, 0.2)), ("beta1", (0.4, 0.9)), ("warmup", (0.02, 0.3)), ("beta2", (0.8, 0.95))]),
-        **{name: (dict(CURVED, beta1=0.7, warmup=0.1, weight_decay=0.0),
-                  [("lr", (0.03, 0.07, 0.1, 0.13, 0.2)), ("beta1", (0.4, 0.9)), ("warmup", (0.02, 0.3)), ("gamma", (0.005, 0.1))])
-           for name in ("sophiag", "sophiah")},
+        "adamw": (dict(beta1=0.6, beta2=0.95, warmup=0.2, weight_decay=0.0),
+                  [("lr", (0.1, 0.2, 0.4, 0.7)), *CONVEX[1:], ("beta2", (0.99,))]),
+        "signum": (dict(beta1=0.6, warmup=0.2, weight_decay=0.0), [*CONVEX, ("lr", (0.12,))]),
+        "lion": (dict(beta1=0.6, beta2=0.9, warmup=0.2, weight_decay=0.0), [*CONVEX, ("beta2", (0.8,))]),
+        "sophiag": (dict(CURVED, warmup=0.2, weight_decay=0.0), [*CONVEX, ("gamma", (0.1,))]),
+        "sophiah": (dict(CURVED, warmup=0.2, weight_decay=0.0), [*CONVEX, ("gamma", (0.1,))]),
     },
 }
+N_TRIALS = 8
 TUNED = ("lr", "beta1", "warmup", "beta2", "gamma")
 
 
 def tune(problem, shared, run):
-    """→ {optimizer: (settings, names of the settings whose best value is the lowest or highest tried, number of trials)}."""
-
-    def trials(candidates, seed):  # [(optimizer, settings)] → their losses
-        jobs = [dict(shared, optimizer=name, seed=shared["seed"] + seed, **settings) for name, settings in candidates]
-        return [result["loss"] for result in run(jobs)]
-
-    search = SEARCH[problem]
-    tried = {name: [(math.inf, dict(start, lr=rows[0][1][0]))] for name, (start, rows) in search.items()}
-    for row in range(len(search["adamw"][1])):  # the same row of all optimizers at once: they share the cores
+    """→ {optimizer: (settings, names of the settings whose best value is the lowest or highest tried)}."""
+    seeds = shared["seed"], shared["seed"] + 1
+    tried = {name: [(math.inf, dict(start, lr=rows[0][1][0]))] for name, (start, rows) in SEARCH[problem].items()}
+    for row in range(len(SEARCH[problem]["adamw"][1])):  # the same row of all optimizers at once: they share the cores
         candidates = []
-        for name, (_, rows) in search.items():
+        for name, (_, rows) in SEARCH[problem].items():
             best, (setting, values) = min(tried[name], key=lambda trial: trial[0])[1], rows[row]
             candidates += [(name, {**best, setting: value}) for value in values]
-        for (name, settings), loss in zip(candidates, trials(candidates, 0)):
-            tried[name].append((loss, settings))
-    finalists = [(name, *trial) for name in tried for trial in sorted(tried[name], key=lambda trial: trial[0])[:2]]
-    more = [trials([(name, settings) for name, _, settings in finalists], seed) for seed in (1, 2)]
+        results = iter(run([{**shared, "optimizer": name, "seed": seed, **settings} for name, settings in candidates for seed in seeds]))
+        for name, settings in candidates:
+            tried[name].append((sum(next(results)["loss"] for _ in seeds), settings))
     tuned = {}
-    for name in search:
-        totals = [(loss + a + b, settings) for (other, loss, settings), a, b in zip(finalists, *more) if other == name]
-        settings = min(totals, key=lambda pair: pair[0])[1]
-        values = {key: {trial[key] for _, trial in tried[name][1:]} for key in settings}
-        edges = [key for key, seen in values.items() if len(seen) > 1 and settings[key] in (min(seen), max(seen))]
-        tuned[name] = settings, edges, len(tried[name]) - 1 + 4
+    for name, trials in tried.items():
+        settings = min(trials, key=lambda trial: trial[0])[1]
+        values = {key: {trial[key] for _, trial in trials[1:]} for key in settings}
+        tuned[name] = settings, [key for key, seen in values.items() if len(seen) > 1 and settings[key] in (min(seen), max(seen))]
     return tuned
 
 
@@ -1134,10 +1124,10 @@ def compare(args):
     device, _, rank, _ = set_up(args)
     problems = PROBLEMS if args.problem == "both" else [args.problem]
     out, seeds, ddof = Path(args.out or "out/sophia/compare"), range(args.seed, args.seed + args.seeds), int(args.seeds > 1)
-    half = max(1, (args.steps or 80) // 2)
+    half = max(1, (args.steps or 72) // 2)
     lengths, steps, rows, lines = [half, 2 * half, 4 * half], 2 * half, [], []
     corpus = corpus_hash(cached_tokens(args.data, 64)[0])  # here, so that unusable data stops us before the workers start
-    with workers(args, device, len(problems) * (len(NAMES) * 15 + (len(NAMES) + 2) * len(seeds))) as run:
+    with workers(args, device, len(problems) * (len(NAMES) * N_TRIALS * 2 + (len(NAMES) + 2) * len(seeds))) as run:
         for problem in problems:
             shared = dict(problem=problem, data=args.data, device=str(device), batch_size=args.batch_size or 16)
             tuned = tune(problem, dict(shared, steps=steps, seed=args.seed + 1000), run)
@@ -1147,7 +1137,7 @@ def compare(args):
             for name, n in finals:
                 group = [next(results) for _ in seeds]
                 done[name, n] = dict(problem=problem, optimizer=name, steps=n, **{key: [r[key] for r in group] for key in group[0]})
-                done[name, n] |= dict(zip(("settings", "edges", "trials"), tuned[name]))
+                done[name, n] |= dict(zip(("settings", "edges"), tuned[name]), trials=N_TRIALS)
             adam = np.array([done["adamw", n]["loss"] for n in lengths])  # (length, seed)
             for row in done.values():
                 row["speedup"] = [speedup(loss, adam[:, i]) for i, loss in enumerate(row["loss"])]
@@ -1219,7 +1209,7 @@ def ablate(args):
     own comparison, momentum and warm-up."""
     device, _, rank, _ = set_up(args)
     out, seeds = Path(args.out or "out/sophia/ablate"), range(args.seed, args.seed + args.seeds)
-    base = dict(CURVED, optimizer="sophiag", lr=3e-3)
+    base = dict(CURVED, optimizer="sophiag", lr=3e-3, warmup=0.4)
     variants = {
         f"Sophia-G, k = {base['k']}": {}, "k = 1": dict(k=1), "k = 10": dict(k=10), "k = 50": dict(k=50),
         "Hutchinson's estimate": dict(optimizer="sophiah"), "empirical Fisher (true labels)": dict(estimator="fisher"),
@@ -1377,7 +1367,7 @@ def parse_args(argv=None):
     flag("--tokenizer", choices=("auto", "bytes", "gpt2"), help="train: bytes for tiny, else auto (gpt2 where tiktoken has it)")
     flag("--problem", choices=(*PROBLEMS, "both"), default="both", help="compare: which problem")
     flag("--seeds", type=count, default=3, help="compare, ablate: number of seeds, from --seed on")
-    flag("--steps", type=count, help="updates; compare: T = 80; ablate: 200; train: 100,000 on a GPU (the paper's), 300 on a CPU")
+    flag("--steps", type=count, help="updates; compare: T = 72; ablate: 200; train: 100,000 on a GPU (the paper's), 300 on a CPU")
     flag("--batch_size", type=count, help="train: sequences an update, over all ranks (480 on a GPU, the paper's; 8 on a CPU)")
     flag("--hess_batch", type=count, help="train: of them in a curvature estimate, rounded up to whole micro-batches on every rank (the "
          "paper's share: a half for Sophia-G, a fifteenth for Sophia-H)")
