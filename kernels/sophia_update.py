@@ -29,11 +29,22 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 @triton.jit
 def address(table_ptr, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer out of the table. subtle: the compiler knows nothing of such a pointer, and an aligned one loads 16 bytes at once."""
+    """A pointer out of the table."""
     pointer = tl.load(table_ptr + column).to(tl.pointer_type(dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def elements(row_ptr, first_ptr, column: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's indices into its tensor, and which of them are inside. subtle: the compiler knows nothing of numbers that come
+    out of a table. Told that addresses and sizes are multiples of 16 it moves 16 bytes an instruction instead of one element."""
+    first, size = tl.load(first_ptr), tl.load(row_ptr + column)
+    if ALIGNED:
+        first, size = tl.multiple_of(first, 16), tl.multiple_of(size, 16)
+    i = first + tl.arange(0, BLOCK)
+    return i, i < size
 
 
 @triton.jit
@@ -45,8 +56,7 @@ def sophia_update_kernel(table_ptr, tensor_ptr, first_ptr, wins_ptr, lr, beta1, 
     g_ptr = address(row, 1, G, ALIGNED)
     m_ptr = address(row, 2, tl.float32, ALIGNED)
     h_ptr = address(row, 3, tl.float32, ALIGNED)
-    i = tl.load(first_ptr + program) + tl.arange(0, BLOCK)
-    inside = i < tl.load(row + 4)
+    i, inside = elements(row, first_ptr + program, 4, ALIGNED, BLOCK)
 
     p = tl.load(p_ptr + i, mask=inside).to(tl.float32)
     g = tl.load(g_ptr + i, mask=inside).to(tl.float32)
@@ -68,8 +78,7 @@ def hessian_ema_kernel(table_ptr, tensor_ptr, first_ptr, beta2, n_terms,
     row = table_ptr + 3 * tl.load(tensor_ptr + program)  # addresses of h and of the estimate, then the size
     h_ptr = address(row, 0, tl.float32, ALIGNED)
     e_ptr = address(row, 1, E, ALIGNED)
-    i = tl.load(first_ptr + program) + tl.arange(0, BLOCK)
-    inside = i < tl.load(row + 2)
+    i, inside = elements(row, first_ptr + program, 2, ALIGNED, BLOCK)
     h = tl.load(h_ptr + i, mask=inside)
     e = tl.load(e_ptr + i, mask=inside).to(tl.float32)
     if SQUARE:
@@ -109,7 +118,7 @@ def by_dtype(*columns):
     for (device, *dtypes), rows in groups.items():
         tensor, first = programs(tuple(row[0].numel() for row in rows), device)
         pointers = tuple(tuple(t.data_ptr() for t in row) + (row[0].numel(),) for row in rows)
-        aligned = all(pointer % 16 == 0 for row in pointers for pointer in row[:-1])
+        aligned = all(number % 16 == 0 for row in pointers for number in row)
         yield addresses(pointers, device), tensor, first, [TYPES[d] for d in dtypes], aligned
 
 

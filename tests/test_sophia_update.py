@@ -47,6 +47,18 @@ def test_average_equals_plain(dtype, n_terms):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
 
 
+def test_sizes_and_addresses_that_are_multiples_of_16():
+    """The path with 16-byte loads, which one odd tensor in the list turns off."""
+    torch.manual_seed(0)
+    plain = [[torch.randn(shape, device=DEVICE) for shape in ((16,), (4096 + 64,), (48, 32))] for _ in range(4)]
+    fused = [[t.clone() for t in column] for column in plain]
+    assert all(aligned for *_, aligned in kernel.by_dtype(*fused)) or DEVICE == "cpu"  # on a CPU, where malloc pleases
+    wins = [int(update(*c, 0.1, 0.9, 0.5, 1e-12, 0.1)) for update, c in ((sophia_update_, plain), (kernel.sophia_update_, fused))]
+    assert wins[0] == wins[1]
+    for a, b in zip(sum(plain, []), sum(fused, [])):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+
+
 def test_views_that_are_not_aligned():
     """Slices of one buffer start at any multiple of four bytes: no 16-byte loads there. Catches a wrong alignment promise (GPU)."""
     buffer = torch.randn(4, 10_001, device=DEVICE)
