@@ -52,7 +52,8 @@ def test_sizes_and_addresses_that_are_multiples_of_16():
     torch.manual_seed(0)
     plain = [[torch.randn(shape, device=DEVICE) for shape in ((16,), (4096 + 64,), (48, 32))] for _ in range(4)]
     fused = [[t.clone() for t in column] for column in plain]
-    assert all(aligned for *_, aligned in kernel.by_dtype(*fused)) or DEVICE == "cpu"  # on a CPU, where malloc pleases
+    if DEVICE == "cuda":  # on a CPU memory lies where malloc pleases
+        assert all(aligned for *_, aligned in kernel.by_dtype(*fused))
     wins = [int(update(*c, 0.1, 0.9, 0.5, 1e-12, 0.1)) for update, c in ((sophia_update_, plain), (kernel.sophia_update_, fused))]
     assert wins[0] == wins[1]
     for a, b in zip(sum(plain, []), sum(fused, [])):
