@@ -1049,7 +1049,7 @@ def workers(args, device, n_jobs):
 # value so far kept. A trial is T steps on each of two seeds of its own, for one lucky run is no tuning. (start, [(setting, values
 # tried), …]); warmup: share of T.
 CURVED = dict(beta1=0.6, beta2=0.95, warmup=0.6, weight_decay=0.1, gamma=0.02, k=5, bias_correction=True)
-SIGNS = [("lr", (1e-4, 1.5e-3, 3e-3, 6e-3)), ("beta1", (0.4, 0.9)), ("warmup", (0.2,))]  # most coordinates move by the whole lr
+SIGNS = [("lr", (1e-4, 1.5e-3, 3e-3, 6e-3)), ("beta1", (0.4, 0.9)), ("warmup", (0.4,))]  # most coordinates move by the whole lr
 CONVEX = [("lr", (0.03, 0.07, 0.1, 0.14)), ("beta1", (0.4, 0.9)), ("warmup", (0.05,))]
 SEARCH = {
     "gpt": {
@@ -1313,7 +1313,7 @@ def plot_compare(out, args, rows):
         for ax, problem in zip(axes[0], dict.fromkeys(row["problem"] for row in rows)):
             for name in NAMES:
                 runs = [row for row in rows if (row["problem"], row["optimizer"]) == (problem, name)]
-                shift = 1 if name == "adamw" else 1.06 ** (list(NAMES).index(name) - 2.5)  # side by side, not on top
+                shift = 1 if name == "adamw" else 1.025 ** (list(NAMES).index(name) - 2.5)  # side by side
                 ax.errorbar([row["steps"] * shift for row in runs], *zip(*((np.mean(row["loss"]), np.std(row["loss"])) for row in runs)),
                             marker="o", capsize=3, label=NAMES[name], color="black" if name == "adamw" else None)
             ax.set(xscale="log", xlabel="steps, each run with its own schedule",
