@@ -37,7 +37,7 @@ schedule for each length; loss in nats a byte; speed-up in steps over AdamW, int
     small GPT, 4,096 tokens a step, T = 200      2.094     2.069 (1.05x)   2.098 (0.99x)   2.082 (1.03x)   1.776
 
 What did not hold at this scale: the factor of 2. In steps Sophia is now ahead of AdamW, now behind, by about a fifth; in time it is
-behind everywhere, since its steps take 1.3 to 1.9 times as long (two in ten of them refresh the curvature, from all of the batch).
+behind everywhere, since its steps take 1.2 to 1.9 times as long (two in ten of them refresh the curvature, from all of the batch).
 `ablate` says what decides (small GPT, 1,024 tokens a step, 200 steps, seeds 0-2): warm-up and momentum. From 2.328 ± 0.006 the loss
 rises to 2.547 with a warm-up over 5 % instead of 40 % of the run and to 2.904 with β1 = 0.96 instead of 0.6 (2.845 for both at a
 third of the learning rate). Curvature hardly matters there: refreshed every 1, 5, 10 or 50 steps 2.325 to 2.328, by Hutchinson 2.328,
