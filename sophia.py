@@ -41,8 +41,8 @@ behind everywhere, since its steps take 1.2 to 1.9 times as long (two in ten of 
 `ablate` says what decides (small GPT, 1,024 tokens a step, 200 steps, seeds 0-2): warm-up and momentum. From 2.328 ± 0.006 the loss
 rises to 2.547 with a warm-up over 5 % instead of 40 % of the run and to 2.904 with β1 = 0.96 instead of 0.6 (2.845 for both at a
 third of the learning rate). Curvature hardly matters there: refreshed every 1, 5, 10 or 50 steps 2.325 to 2.328, by Hutchinson 2.328,
-from true labels (biased) 2.335, not at all (γ → 0, which is Signum) 2.329. The clip is vital: without it 64,541. Learning rates down
-to 1e-4 were among the trials and never won. Larger models and longer runs than these we have not measured.
+from true labels (biased) 2.335, not at all (γ → 0, which is Signum) 2.329. The clip is vital: without it 64,541. A learning rate of
+1e-4 was among the small GPT's trials (AdamW's apart) and never won. Larger models and longer runs we have not measured.
 
 What others found later. A. Defazio (issue 31 of the authors' repository): 125M, one script for both, AdamW 2.869, Sophia-G 2.876. Zhao et
 al. 2407.07972: tuned Adam, Lion, Adafactor and Sophia end alike, Signum near them. Wen et al. 2509.02046 (two of the authors): tuned
@@ -261,7 +261,7 @@ class Sophia(torch.optim.Optimizer):
     @property
     def win_rate(self):
         """Share of coordinates that the last step did not clip (a float). The paper aims at 0.1 to 0.5 by choice of γ."""
-        return float(sum(float(w) for w in self.wins) / self.seen) if self.seen else float("nan")
+        return sum(map(float, self.wins)) / self.seen if self.seen else math.nan
 
     def load_state_dict(self, state_dict):
         for state in state_dict["state"].values():

@@ -677,8 +677,8 @@ def test_budgets_are_equal():
 
 @pytest.mark.parametrize("optimizer", sophia.NAMES)
 def test_every_optimizer_learns(optimizer):
-    """60 small steps on the bigram model go well below the loss at the start (ln 256 = 5.545), at 3.2 or less; a wrong sign, a stuck
-    curvature or a forgotten learning rate does not."""
+    """60 small steps on the bigram model go well below the loss at the start (ln 256 = 5.545), at 3.2 or less; a wrong sign or a
+    forgotten learning rate does not. (That curvature is used is for the tests above.)"""
     start, rows = sophia.SEARCH["bigram"][optimizer]
     job = dict(problem="bigram", data="stdlib", device="cpu", optimizer=optimizer, steps=60, seed=0, batch_size=8, **start)
     assert sophia.run_once(dict(job, lr=rows[0][1][2]))["loss"] < 3.2
