@@ -83,21 +83,21 @@ N_BUCKETS = 4096  # of the bootstrap
 BLOCK = 1 << 16  # people at a time
 
 
-def pack(failed):
+def pack_bits(failed):
     """(n, k) 0/1 array → (n, ⌈k/32⌉) int32 words: model j is bit j % 32 of word j // 32, unused bits are 0."""
     padded = np.pad(np.asarray(failed, np.uint8), ((0, 0), (0, -failed.shape[1] % 32)))
     return np.ascontiguousarray(np.packbits(padded, axis=1, bitorder="little")).view("<i4")
 
 
-def unpack(words, k):
-    """The inverse of pack → (n, k) uint8."""
+def unpack_bits(words, k):
+    """The inverse of pack_bits → (n, k) uint8."""
     return np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, count=k, bitorder="little")
 
 
 def popcount_histogram(words, k, group=None, n_groups=1):
     """How many people failed t times, and how often each model failed, from packed outcomes.
 
-    words: (n, ⌈k/32⌉) int32, as pack makes them; group: (n,) integers below n_groups, or None for one group.
+    words: (n, ⌈k/32⌉) int32, as pack_bits makes them; group: (n,) integers below n_groups, or None for one group.
     Returns hist (n_groups, k + 1) and columns (n_groups, k), int64. subtle: neither unpacks. A word's ones are counted by adding
     neighbouring bits, then pairs, then nibbles, all of them at once in one integer; a column's ones by adding words masked to every
     eighth bit, so that four counters of 8 bits live in one integer and hold for 255 rows."""
@@ -148,13 +148,13 @@ def tally(failed, group=None, n_groups=1, detail=True, device="cpu"):
     count = fused_popcount_histogram if fused_popcount_histogram and torch.device(device).type == "cuda" else popcount_histogram
     for first in range(rank * BLOCK, n, world * BLOCK):
         rows = slice(first, min(first + BLOCK, n))
-        words = failed.words(rows) if isinstance(failed, Mapped) else pack(failed[rows])
+        words = failed.words(rows) if isinstance(failed, Mapped) else pack_bits(failed[rows])
         g = torch.from_numpy(np.asarray(group[rows], np.int64)) if n_groups > 1 else torch.zeros(len(words), dtype=torch.int64)
         hist, columns = count(torch.from_numpy(np.array(words)).to(device), k, g.to(device), n_groups)
         sums["hist"] += hist.cpu()
         sums["columns"] += columns.cpu()
         if detail:
-            bits = torch.from_numpy(unpack(words, k))
+            bits = torch.from_numpy(unpack_bits(words, k))
             real = bits.float()
             sums["joint"] += (real.T @ real).long()  # exact: a block is shorter than 2^24
             if k <= 10:
@@ -671,7 +671,7 @@ class Mapped:
 
     def words(self, rows):
         if not self.packed:
-            return pack(self[rows])
+            return pack_bits(self[rows])
         words, used = np.asarray(self.array[rows]), self.shape[1] % 32
         if used and len(bad := np.flatnonzero(words[:, -1].view(np.uint32) >> np.uint32(used))):
             fail(f"{self.path}: row {(rows.start or 0) + bad[0] + 1}: a bit above model {self.shape[1]} is set; unused bits must be 0")
@@ -679,7 +679,7 @@ class Mapped:
 
     def __getitem__(self, rows):
         if self.packed:
-            return unpack(self.words(rows), self.shape[1])
+            return unpack_bits(self.words(rows), self.shape[1])
         part = np.asarray(self.array[rows])
         if part.dtype != bool and len(bad := np.argwhere(part > 1)):
             i, j = bad[0]
@@ -1264,7 +1264,7 @@ def analyse(data, args, device):
     return figures
 
 
-def finish(args, figures, draw):
+def write_report(args, figures, draw):
     """results.json and the figure of a task; their paths are the last thing printed."""
     if dist.is_initialized() and dist.get_rank():
         return
@@ -1302,7 +1302,7 @@ def unicode(args):
                     dict(script=group, category=[categories[i] for i in test]), [names[i] for i in test], list(range(len(test))))
     args.group, args.strata = "script", "category"
     figures = analyse(data, args, device)
-    finish(args, figures, lambda out: plot_report(out, args, figures))
+    write_report(args, figures, lambda out: plot_report(out, args, figures))
 
 
 def report(args):
@@ -1325,7 +1325,7 @@ def report(args):
         print("\nAll tables")
         print_table(["", "models", "people", "systemic", "expected", "homogeneous", "expected", "dispersion"], rows)
     first = next(iter(everything.values()))
-    finish(args, everything, lambda out: (plot_report if "models" in first else plot_ragged)(out, args, first))
+    write_report(args, everything, lambda out: (plot_report if "models" in first else plot_ragged)(out, args, first))
 
 
 def ddi(args):
@@ -1409,7 +1409,7 @@ def hapi(args):
         improved, initial = (show(mean_share(kept, x), 3) for x in ("systemic_share", "initial_share"))
         print("Its second, as quoted by others: on average a tenth of improvements are on people whom all others fail. Here "
               f"{improved} of improvements and {initial} of failures, mean over {len(kept)} cases")
-    finish(args, dict(datasets=figures, improvements=gains), lambda out: plot_datasets(out, args, points))
+    write_report(args, dict(datasets=figures, improvements=gains), lambda out: plot_datasets(out, args, points))
 
 
 ALPACA = "https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/main/results/{}/weighted_alpaca_eval_gpt4_turbo/annotations.json"
@@ -1435,7 +1435,7 @@ def alpaca(args):
     data = Outcomes("AlpacaEval 2", list(columns), table, columns=dict(group=[datasets[x] for x in people]), ids=people,
                     lines=list(range(1, len(people) + 1)))
     figures = analyse(data, args, device)
-    finish(args, figures, lambda out: plot_report(out, args, figures))
+    write_report(args, figures, lambda out: plot_report(out, args, figures))
 
 
 class Simulated:
@@ -1482,7 +1482,7 @@ def simulate(args):
     print_table(["", "truth", "estimate", "95 %", "truth is"], rows)
     figures = {"models": dict(names=names, measures=m, hardness=hard, truth=truth,
                               pairs=agreement(sums["joint"], sums["columns"].sum(0), m["n"]), users=how_many(m, sums["hist"].sum(0)))}
-    finish(args, figures, lambda out: plot_report(out, args, figures))
+    write_report(args, figures, lambda out: plot_report(out, args, figures))
 
 
 def bench(args):
@@ -1492,7 +1492,7 @@ def bench(args):
     words = torch.randint(-(2**31), 2**31, (n, -(-k // 32)), dtype=torch.int32)
     if k % 32:
         words[:, -1] &= 2 ** (k % 32) - 1
-    bits = torch.from_numpy(unpack(words[: n // 10].numpy(), k))
+    bits = torch.from_numpy(unpack_bits(words[: n // 10].numpy(), k))
     words = words.to(device)
     rows, figures = [], {}
 
@@ -1516,7 +1516,7 @@ def bench(args):
           lambda: (torch.bincount(bits.sum(1, dtype=torch.int64), minlength=k + 1), bits.sum(0, dtype=torch.int64)))
     print(f"histogram of failures and errors of {n:,} people and {k} models on {device}")
     print_table(["", "seconds", "million people a second"], rows)
-    finish(args, figures, lambda out: "no figure (bench)")
+    write_report(args, figures, lambda out: "no figure (bench)")
 
 
 # ============================================================================================== figures

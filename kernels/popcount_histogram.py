@@ -95,7 +95,7 @@ def sample(n, k, n_groups, device):
 
     generator = torch.Generator().manual_seed(n + k)
     failed = torch.rand(n, k, generator=generator) < torch.linspace(0.02, 0.98, k)
-    words = torch.from_numpy(ecosystem.pack(failed.numpy()).copy()).to(device)
+    words = torch.from_numpy(ecosystem.pack_bits(failed.numpy()).copy()).to(device)
     return failed, words, torch.randint(n_groups, (n,), generator=generator).to(device)
 
 

@@ -115,8 +115,8 @@ def test_packed_counts_are_the_unpacked_ones(k, n_groups):
     n = 70_001 if k == 33 else 777  # more than one block, and no multiple of anything
     failed = (rng.random((n, k)) < np.linspace(0, 1, k)).astype(np.uint8)
     group = rng.integers(n_groups, size=n)
-    words = eco.pack(failed)
-    assert words.shape == (n, -(-k // 32)) and np.array_equal(eco.unpack(words, k), failed)
+    words = eco.pack_bits(failed)
+    assert words.shape == (n, -(-k // 32)) and np.array_equal(eco.unpack_bits(words, k), failed)
     hist, columns = eco.popcount_histogram(torch.from_numpy(words.copy()), k, torch.from_numpy(group), n_groups)
     for g in range(n_groups):
         assert np.array_equal(hist[g], np.bincount(failed[group == g].sum(1, dtype=int), minlength=k + 1))
@@ -455,7 +455,7 @@ def test_wide_long_npz_and_npy_agree(tmp_path):
                      [[i, i % 5, group[i], *((i + f) % 5 for f in failed[i].tolist())] for i in range(400)])
     np.savez(tmp_path / "a.npz", correct=failed == 0, models=models, group=group, ids=np.arange(400))
     np.save(tmp_path / "b.npy", failed.astype(bool))
-    np.save(tmp_path / "c.npy", eco.pack(failed))
+    np.save(tmp_path / "c.npy", eco.pack_bits(failed))
     files = [(wide, "--outcome", "correct"), (long,), (labelled,), (tmp_path / "a.npz",), (tmp_path / "b.npy", "--outcome", "fail"),
              (tmp_path / "c.npy", "--k", 3)]
     found = []
