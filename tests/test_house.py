@@ -14,7 +14,7 @@ HOUSE = Path(__file__).parent.parent
 PAPERS = ("sophia backpack anticipation lexinvariant spsa_distributed onesided_mc ecosystem neqa lost_in_middle review_consistency").split()
 ROOT_FILES = [name for name in PAPERS if (HOUSE / f"{name}.py").exists()]
 PACKAGES = {"torch", "numpy", "tiktoken", "mido", "tqdm", "einops", "triton", "matplotlib", "kernels"}
-QUICK = {"sophia": ["toy"], "ecosystem": ["simulate", "--n", "2000"]}  # a task of each file that takes a second: it must work from a folder that holds nothing else
+QUICK = {"sophia": ["toy"], "ecosystem": ["simulate", "--n", "2000"], "review_consistency": []}  # a task of each file that takes a second: it must work from a folder that holds nothing else
 
 
 def tree(name):
