@@ -14,7 +14,10 @@ HOUSE = Path(__file__).parent.parent
 PAPERS = ("sophia backpack anticipation lexinvariant spsa_distributed onesided_mc ecosystem neqa lost_in_middle review_consistency").split()
 ROOT_FILES = [name for name in PAPERS if (HOUSE / f"{name}.py").exists()]
 PACKAGES = {"torch", "numpy", "tiktoken", "mido", "tqdm", "einops", "triton", "matplotlib", "kernels"}
-QUICK = {"sophia": ["toy"], "ecosystem": ["simulate", "--n", "2000"], "review_consistency": []}  # a task of each file that takes a second: it must work from a folder that holds nothing else
+QUICK = {  # a task of each file that takes seconds: it must work from a folder that holds nothing else
+    "sophia": ["toy"], "ecosystem": ["simulate", "--n", "2000"], "review_consistency": [],
+    "onesided_mc": ["--rows", "500,1000", "--seeds", "1", "--columns", "12"],
+}
 
 
 def tree(name):
