@@ -1019,7 +1019,7 @@ def genome(args):
         vals = np.take_along_axis(x, cols, 1)
         cols = np.where(vals < 0, -1, cols)
         for i, half in enumerate(halves):
-            half.update(cols[i::2], vals[i::2].clip(0))
+            half.update(cols[i::2], vals[i::2])
         known = np.where(x < 0, np.where(x < 0, 0, x).sum(1, keepdims=True) / (x >= 0).sum(1, keepdims=True), x)
         gram += torch.from_numpy(known.T.astype(np.float32) @ known.astype(np.float32)).double()
     halves = [half.all_reduce() for half in halves]

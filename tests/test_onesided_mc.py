@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -737,8 +738,8 @@ def test_error_falls_as_one_over_rows(runs):
 
 
 def test_two_halves_tell_the_error(runs):
-    for m, errors in runs.items():
-        assert np.mean(errors["halves"]) == pytest.approx(np.mean(errors[mc.OURS]), rel=0.5), m
+    ratios = [np.mean(errors["halves"]) / np.mean(errors[mc.OURS]) for errors in runs.values()]
+    assert np.mean(ratios) == pytest.approx(1, abs=0.25), ratios
 
 
 def test_completion_of_x_does_not_get_there():
@@ -974,7 +975,12 @@ def test_interrupt(tmp_path):
 
     process = command("--rows", 10_000_000, cwd=tmp_path, preexec_fn=hear_sigint)
     assert "synthetic" in process.stderr.read(10)  # the progress bar: it is at work
+    time.sleep(0.5)  # while a bar is being made a signal can get lost
     process.send_signal(signal.SIGINT)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:  # Python drops an interrupt that falls into a destructor
+        process.send_signal(signal.SIGINT)
     _, err = finished(process, 2)
     assert err.endswith("error: stopped\n") and "Traceback" not in err
 
