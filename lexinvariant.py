@@ -575,6 +575,8 @@ def load_symbols(data, alphabet, seq):
             text = read_pile(path) if path.suffix == ".zst" else path.read_text("utf-8", "ignore")
         parts = [text[: len(text) * 19 // 20], text[len(text) * 19 // 20 :]]
     train, val = (to_ids(part, alphabet) for part in parts)
+    if alphabet == "ascii" and (lost := sum(map(len, parts)) - len(train) - len(val)):
+        print(f"note: {lost:,} characters beyond ASCII are left out", file=sys.stderr)
     for name, ids in (("training", train), ("validation", val)):
         if len(ids) < seq + 2:
             fail(f"--data {data}: {len(ids)} {name} characters are too few for sequences of {seq + 1}")

@@ -256,6 +256,12 @@ def test_ids_and_cipher_of_the_paper():
     assert lex.to_ids("aé~", "ascii").tolist() == [97, 126]
 
 
+def test_characters_beyond_ascii_are_counted(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("na\u00efve caf\u00e9 " * 100)
+    train, val, n_vocab = lex.load_symbols(str(tmp_path / "t.txt"), "ascii", 20)
+    assert n_vocab == 128 and len(train) + len(val) == 900 and "200 characters beyond ASCII" in capsys.readouterr().err
+
+
 def test_windows_depend_on_the_counter_alone():
     ids = np.arange(1000)
     a = lex.windows(ids, 4, 20, 0, 1, 7)
