@@ -743,7 +743,10 @@ def test_simulate_options(tmp_path, monkeypatch, capsys):
 
 
 def test_interrupt(tmp_path):
-    process = command("simulate", "--papers", "1e5", "--replicates", 100_000, cwd=tmp_path)
+    def hear_sigint():  # a shell makes its background jobs deaf to it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = command("simulate", "--papers", "1e5", "--replicates", 100_000, cwd=tmp_path, preexec_fn=hear_sigint)
     while "conferences" not in process.stderr.readline(200) and process.poll() is None:
         pass
     time.sleep(0.5)
