@@ -1485,6 +1485,7 @@ def demo(args):
         if not drilled["equal"]:
             raise SystemExit(1)
     if world > 1:
+        dist.barrier()  # a rank that leaves while another goes on can abort at its exit
         dist.destroy_process_group()
 
 
