@@ -33,7 +33,7 @@ What we measured (`python ecosystem.py --seed 0`, then 1 and 2; Unicode 14 of Py
 
     systemic failure     1.58 % observed, 0.0026 % expected: 596 times [497, 714]; seeds 1, 2: 614 and 553 times
     homogeneous          81.4 % observed, 70.6 % expected: + 10.7 points [9.7, 11.7]; + 11.7 and + 10.9
-    only hard people?    independent within the 26 true categories: S = 0.19 %, H = 74.0 %. No two-class null with α ≤ 0.5 reaches S. One
+    only hard people?    independent within the 26 true categories: S = 0.19 %, H = 74.0 %. No two-class null, α = 0.1 … 0.5, reaches S. One
                          shared difficulty (Rasch, a = 2.92 ± 0.08) gives S = 1.33 %, H = 81.3 %: nearly all of it
     who gains            26.7 % of a model's failures are systemic, but 14.1 % of its improvements (27.6 and 14.1; 26.4 and 13.4)
 

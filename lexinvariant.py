@@ -666,6 +666,8 @@ def english_model(args, device, mode="permute", p=1.0):
     batch = args.batch_size or preset["batch"]
     if batch % world:
         fail(f"--batch_size {batch} does not divide among {world} ranks")
+    if args.minutes and world > 1:
+        fail("--minutes is for one process, whose clock it is: torchrun takes --steps")
 
     def batch_of(step, done):
         rows = slice(rank, None, world)  # a sequence has the same number, and so the same permutation, on any number of ranks
@@ -684,7 +686,7 @@ EVALUATION = 10**12  # numbers of evaluation sequences start here: no permutatio
 @torch.no_grad()
 def evaluate_lm(model, ids, seq, n, n_permuted, device, seed=0, batch=50):
     """Losses on n validation windows with n_permuted symbols permuted (permute mode): loss (n, seq), new (n, seq) whether the target
-    stands there for the first time, hidden (n, seq, d_model), x (n, seq + 1)."""
+    stands there for the first time, hidden (n, seq, d_model), x and symbols, what the model saw of it, (n, seq + 1)."""
     x, parts = windows(ids, n, seq, seed, 2), []
     for first in range(0, n, batch):
         part = x[first : first + batch].to(device)
@@ -812,7 +814,8 @@ def print_curves(curves):
 
 
 def regret(args, alphabets=(3, 4, 5, 6), length=200, n=20):
-    """Cumulative loss of the exact p′ over that of p on random chains → {d: dict(bound ln d!, most, mean (length,), l1 (length,))}."""
+    """Cumulative loss of the exact p′ over that of p on random chains → {d: dict(bound: ln d!, most and end: at most, and on average
+    after length symbols, mean: (length,))}."""
     rng, found = np.random.default_rng([args.seed, 1]), {}
     for d in alphabets:
         chain = random_chain(d, rng)
@@ -1022,7 +1025,7 @@ def decipher(args):
         print("the solver: " + "".join(LETTERS[i] for i in key[ids]))
         part = torch.from_numpy(ids[: args.seq + 1])[None].to(device)
         with torch.no_grad():
-            hidden = model(part, torch.tensor([EVALUATION]), torch.tensor([27]))[1]
+            hidden = model(part, torch.tensor([EVALUATION], device=device), torch.tensor([27], device=device))[1]
         votes = torch.zeros(27, 27)
         votes.index_add_(0, part[0, :-1].cpu(), probe(hidden)[0].log_softmax(1).cpu())
         print("the model:  " + "".join(LETTERS[i] for i in votes.argmax(1)[part[0, :-1].cpu()]))

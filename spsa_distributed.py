@@ -870,11 +870,6 @@ def get_tokenizer(name):
     return "bytes", lambda text: np.frombuffer(text.encode(), np.uint8), lambda ids: bytes(ids).decode(errors="replace")
 
 
-def counter_seed(*counter):
-    """A random seed below 2^31 that depends on the counter alone."""
-    return int(np.random.default_rng(counter).integers(2**31))
-
-
 def figure(out, name, args, draw, **size):
     """draw(axes) on a matplotlib figure saved as out/name → its path, or "no figure" with --no_plot."""
     if args.no_plot:

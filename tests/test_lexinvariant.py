@@ -206,6 +206,37 @@ def test_first_loss_is_that_of_a_uniform_guess():
         torch.testing.assert_close(loss, torch.full_like(loss, math.log(27)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_by_loops(qk_norm):
+    """Smeared keys, bias by distance, the scale of unit queries: written out for every head, query and key."""
+    torch.manual_seed(0)
+    attention = lex.RelativeAttention(8, 2, qk_norm, smear=True, matched=True, dropout=0.0)
+    q, k, v = attention.qkv.weight.detach().chunk(3)
+    assert torch.equal(q, k) and torch.equal(attention.out.weight, v.T)
+    with torch.no_grad():
+        attention.smear.copy_(torch.tensor([-1.0, 2.0]))
+        attention.bias.weight.normal_()
+        if qk_norm:
+            attention.scale.copy_(torch.tensor([0.5, 3.0]))
+    x, buckets = torch.randn(1, 6, 8), lex.relative_buckets(6)
+    want = torch.zeros(6, 8)
+    for h in range(2):
+        rows = slice(4 * h, 4 * h + 4)
+        queries, keys, values = (x[0] @ w[rows].T for w in (q, k, v))
+        share = torch.sigmoid(attention.smear[h])
+        keys = torch.stack([keys[0], *((1 - share) * keys[s] + share * keys[s - 1] for s in range(1, 6))])
+        for t in range(6):
+            logits = []
+            for s in range(t + 1):
+                if qk_norm:
+                    dot = attention.scale[h] * (queries[t] / queries[t].norm()) @ (keys[s] / keys[s].norm())
+                else:
+                    dot = queries[t] @ keys[s] / 2  # √4
+                logits.append(dot + attention.bias.weight[buckets[t, s], h])
+            want[t, rows] = torch.stack(logits).softmax(0) @ values[: t + 1]
+    torch.testing.assert_close(attention(x, buckets)[0], want @ attention.out.weight.T, rtol=1e-4, atol=1e-5)
+
+
 def test_t5_buckets():
     buckets = lex.relative_buckets(200)
     assert [int(buckets[199, 199 - d]) for d in (0, 1, 15, 16, 32, 64, 90, 113, 128, 199)] == [0, 1, 15, 16, 21, 26, 29, 31, 31, 31]
