@@ -17,7 +17,8 @@ PACKAGES = {"torch", "numpy", "tiktoken", "mido", "tqdm", "einops", "triton", "m
 QUICK = {  # a task of each file that takes seconds: it must work from a folder that holds nothing else
     "sophia": ["toy"], "ecosystem": ["simulate", "--n", "2000"], "review_consistency": [],
     "onesided_mc": ["--rows", "500,1000", "--seeds", "1", "--columns", "12"],
-    "spsa_distributed": ["comm"], "lexinvariant": ["theorem"],
+    "spsa_distributed": ["comm"], "lexinvariant": ["theorem"], "anticipation": ["--steps", "2", "--pieces", "2", "--workers", "1"],
+    "lost_in_middle": ["run", "--model", "echo:u:0.9", "--keys", "10", "--limit", "40"], "neqa": ["compose"],
 }
 
 
