@@ -1691,6 +1691,9 @@ def main():
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     try:
         TASKS[args.task](args)
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves while another goes on can abort at its exit
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         fail("stopped")
 

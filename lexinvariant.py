@@ -1202,6 +1202,7 @@ def train(args):
         path = save_results(out, args, dict(mode=mode, loss=loss))
         print(f"\n{path} {out / 'model.pt'}")
     if world > 1:
+        dist.barrier()  # a rank that leaves while another goes on can abort at its exit
         dist.destroy_process_group()
 
 

@@ -1439,6 +1439,8 @@ def main():
     args = parse_args()
     try:
         TASKS[args.task](args)
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves while another goes on can abort at its exit
     except KeyboardInterrupt:
         fail("stopped")
     except (ValueError, OSError) as error:  # what the methods say about data, and what the disk does

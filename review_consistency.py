@@ -1734,6 +1734,9 @@ def main():
         torch.set_num_threads(1)  # small float64 work, in which threads only wait for each other
     try:
         TASKS[args.task](args)
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves while another goes on can abort at its exit
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         fail("stopped")
     except BrokenPipeError:  # the reader of our output has left, as head does

@@ -939,6 +939,7 @@ def train(args):
         print(save_results(out, args, dict(settings=settings, **last)), plot_train(out, args, records), log, out / "checkpoint.pt",
               sep="\n")
     if world > 1:
+        dist.barrier()  # a rank that leaves while another goes on can abort at its exit
         dist.destroy_process_group()
 
 
@@ -1045,6 +1046,7 @@ def workers(args, device, n_jobs):
         with pool or nullcontext():
             yield run
     if world > 1:
+        dist.barrier()  # a rank that leaves while another goes on can abort at its exit
         dist.destroy_process_group()
 
 

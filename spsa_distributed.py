@@ -1207,6 +1207,7 @@ def train(args):
               f"{figures['sha256'][:16]}" + f" on all {world} ranks" * (world > 1))
         print(log.path, out / "weights.pt", save_results(out, args, figures), plot_fine_tuning(out, args, curve), sep="\n")
     if world > 1:
+        dist.barrier()  # a rank that leaves while another goes on can abort at its exit
         dist.destroy_process_group()
 
 
@@ -1580,6 +1581,7 @@ def compare(args):
               "do not move: share of the weights that +εz leaves where they were",
               save_results(out, args, dict(table=table)), plot_compare_arms(out, args, table), sep="\n")
     if world > 1:
+        dist.barrier()  # a rank that leaves while another goes on can abort at its exit
         dist.destroy_process_group()
 
 
