@@ -19,6 +19,7 @@ QUICK = {  # a task of each file that takes seconds: it must work from a folder 
     "onesided_mc": ["--rows", "500,1000", "--seeds", "1", "--columns", "12"],
     "spsa_distributed": ["comm"], "lexinvariant": ["theorem"], "anticipation": ["--steps", "2", "--pieces", "2", "--workers", "1"],
     "lost_in_middle": ["run", "--model", "echo:u:0.9", "--keys", "10", "--limit", "40"], "neqa": ["compose"],
+    "backpack": ["ablate_k", "--steps", "2", "--senses_of", "1"],
 }
 
 
