@@ -117,4 +117,4 @@ def test_readme():
 
 def test_requirements_are_pinned_and_allowed():
     pins = dict(line.split(";")[0].strip().split("==") for line in (HOUSE / "requirements.txt").read_text().splitlines())
-    assert set(pins) == (PACKAGES - {"kernels"}) | {"pytest"}
+    assert set(pins) == (PACKAGES - {"kernels"}) | {"pytest", "pytest-xdist"}

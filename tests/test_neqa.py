@@ -29,9 +29,10 @@ needs_data = pytest.mark.skipif("NANOPAPERS_TEST_DATA" not in os.environ, reason
 @pytest.fixture(autouse=True)
 def one_thread():
     """Networks this small gain nothing from a second thread, and on a busy machine lose much by it."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------------------------ 1. the mathematics
