@@ -23,7 +23,7 @@ stricter ones stand beside it.
 
 How to run it.
 
-    python lost_in_middle.py                                      why a curve bends: readers trained here (142 CPU seconds)
+    python lost_in_middle.py                                      why a curve bends: readers trained here (73 seconds)
     python lost_in_middle.py lab --pos alibi --pairs 8            a reader of your own; --full: all seeds of the dear panels
     python lost_in_middle.py run --model http:NAME --base_url http://127.0.0.1:8000/v1 --keys 75      your model, pairs; --dry_run first
     python lost_in_middle.py run --model gpt2 --setting qa --controls       documents, with closed-book and oracle
@@ -34,7 +34,7 @@ How to run it.
 The laboratory. Readers of 1 to 3 layers and width 64 learn k1 v1 … kN vN, key → value. One pass asks for every pair of a context: each
 query sees the context and itself, which equals N single passes. `smear` adds a key's embedding to its value's, which spares them the
 long plateau before they find out. What bends the curve, and what does not (accuracy in %, mean of seeds 0 to 2, of seed 0 where marked
-¹; 2 shared cores of an AMD EPYC, torch 2.13.0):
+¹; 73 s on 2 cores of an AMD EPYC, torch 2.13.0):
 
     python lost_in_middle.py                                               first   lowest middle    last
     uniform data, ALiBi, 2 layers, no smear   step 150                        84              58      77    a U that nobody put in

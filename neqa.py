@@ -23,7 +23,7 @@ How to run it.
     python neqa.py compose | fit results.json      the formula's three shapes; t1, s and the predicted curve of measured models
     python neqa.py finetune --ratios 0,0.05,0.3    the paper's simulation: GPT-2 fine-tuned on SST-2 with a share of negated sentences
 
-What we measured. `python neqa.py` (torch 2.13.0, 2 cores of an AMD EPYC, 171 CPU seconds; seeds 0 to 2; exact over 800 facts, chance 0.5):
+What we measured. `python neqa.py` (torch 2.13.0, 2 cores of an AMD EPYC, 81 s; seeds 0 to 2; exact over 800 facts, chance 0.5):
 
     accuracy on negated sentences,        parameters:     798   2,362   7,794   27,874   104,898   406,402
     "not" in 0.03 % of the sentences, NeQA               .478    .361    .174     .008      .005               inverse, 3 of 3 seeds

@@ -554,7 +554,7 @@ class Fake(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args):
-        pass
+        """Say nothing."""
 
 
 def test_a_live_server(call):
@@ -578,6 +578,14 @@ def test_a_live_server(call):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.skipif("NANOPAPERS_TEST_SERVER" not in os.environ, reason="NANOPAPERS_TEST_SERVER is not set")
+def test_a_real_server(call):
+    code, out, err = call("run", "--model", "http", "--base_url", os.environ["NANOPAPERS_TEST_SERVER"], "--keys", 4, "--key_style", "short",
+                          "--limit", 2, "--max_tokens", 8, "--concurrency", 1, "--no_plot", "--quiet")
+    rows = [json.loads(line) for line in Path("out/lost_in_middle/kv/responses.jsonl").read_text().splitlines()]
+    assert code == 0 and len(rows) == 8 and all(row["text"].strip() for row in rows), err
 
 
 def test_a_local_model(call, monkeypatch):
