@@ -1445,7 +1445,7 @@ def evaluate_negation(args):
     sets = {task: those for task, those in sets.items() if task in args.tasks}
     if not sets:
         fail(f"--tasks {','.join(args.tasks)}: these questions have no plain twins; builtin and neqa100 have")
-    models, failed = [], 0
+    models, notes, failed = [], [], 0
     for i, name in enumerate(names):
         model = connect(args, device, name, echo_reader)
         if isinstance(model, Echo):
@@ -1457,6 +1457,8 @@ def evaluate_negation(args):
         for task, those in sets.items():
             got = [next(answers) for _ in requests[task]]
             failed += sum("error" in answer for answer in got)
+            if mode == "chain" and task != "task2" and (both := sum(read_chain(answer.get("text", ""))[1] for answer in got)):
+                notes.append(f"{model.where[-1]}, {task}: {both} of {len(got)} chains name both letters; the last one counts")
             task_mode = "logprob" if mode == "chain" and task == "task2" else mode
             judged[task] = score_task(args, those, requests[task], got, task_mode)
             figures[task] = summary(those, judged[task])
@@ -1465,7 +1467,7 @@ def evaluate_negation(args):
         models.append(figures)
     if rank:
         return
-    table, notes = [], []
+    table = []
     for figures in models:
         for task in sets:
             if found := figures[task]:

@@ -407,13 +407,13 @@ def test_no_log_probabilities_is_said(fake, tmp_path, capsys):
 
 def test_what_passes_is_tried_again(fake, tmp_path):
     dates = formatdate(time.time() - 5, usegmt=True)  # in the past: at once
-    slow = lambda body: (time.sleep(0.6), good(body))[1]  # noqa: E731
+    slow = lambda body: (time.sleep(2.5), good(body))[1]  # noqa: E731
     fake.script = [refuse(429, **{"Retry-After": "0.2"}), refuse(500), refuse(503, **{"Retry-After": dates}),
                    lambda body: (200, b"{not json", {}), slow, good]
-    args = client_args(base_url=fake.url, timeout=0.3)
+    args = client_args(base_url=fake.url, timeout=1.0)
     started = time.time()
     answer, = ask(args, Server(args, "m"), requests_of(1), tmp_path)
-    assert answer["text"] == " A" and len(fake.bodies) == 6 and time.time() - started > 0.2 + 0.3
+    assert answer["text"] == " A" and len(fake.bodies) == 6 and time.time() - started > 0.2 + 1.0
 
 
 def test_what_stays_is_not_tried_again(fake, tmp_path, capsys):
@@ -750,6 +750,13 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, message):
     assert stop.value.code == 2 and message in said and said.startswith("error: ") and said.count("\n") == 1, said
 
 
+def test_a_chain_that_names_both_letters_is_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(neqa, "echo_reader", lambda spec, request: "So the answer is A. No: So the answer is B.")
+    out, _, found = tool(monkeypatch, tmp_path, capsys, "eval", "--model", "echo:t1=1,s=0", "--prompt", "cot", "--tasks", "neqa", "--limit",
+                         4)
+    assert "neqa: 4 of 4 chains name both letters" in out and found["models"][0]["neqa"]["share_a"] == 0
+
+
 def test_misaligned_twins(tmp_path, monkeypatch, capsys):
     other = {**ROW, "answer": 1}
     rows = dict(neqa_100=ROW, neqa_100_nonnegated=ROW, neqa_100_normalized_nonnegated=other, neqa_100_normalized=ROW)
@@ -770,7 +777,7 @@ def test_misaligned_twins(tmp_path, monkeypatch, capsys):
 
 def test_killed_and_resumed(tmp_path, fake):
     """Ctrl-C in the middle of an eval against a server: the answers so far are kept, and none is asked for again."""
-    fake.script = [lambda body: (time.sleep(0.05), good(body))[1]] * 1000
+    fake.script = [lambda body: (time.sleep(0.2), good(body))[1]] * 1000  # long enough to be interrupted on a busy machine
     command = [sys.executable, str(HOUSE / "neqa.py"), "eval", "--model", "http", "--base_url", fake.url, "--limit", "30",
                "--tasks", "neqa", "--concurrency", "2", "--no_plot", "--quiet"]
     job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
