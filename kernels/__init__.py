@@ -1,4 +1,4 @@
-"""Small Triton kernels. Each file reads like a tutorial: what it computes, what that costs, the kernel, its launcher, its check."""
+"""Small Triton kernels. Each file is a tutorial: what it computes, what that costs, kernel, launcher, check."""
 
 
 def run_as_program(check, benchmark):
