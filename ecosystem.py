@@ -26,14 +26,15 @@ from tqdm import tqdm
 
 CACHE = Path(os.environ.get("NANOPAPERS_CACHE", "~/.cache/nanopapers")).expanduser()
 
-# ==================================================================================== the method: observed against chance
+# ==================================================================================== observed against chance
 
-KINDS = {"systemic": [-1], "consistent": [0], "homogeneous": [0, -1]}  # all models fail, none fails, either: cells of P(t)
+# a person's outcome: all models fail, none fails, or either → cells of P(t)
+KINDS = {"systemic": [-1], "consistent": [0], "homogeneous": [0, -1]}
 
 
 def outcome_profiles(failed):
-    """The one data structure. failed (n, k) 0/1, 1 = this model fails this person → profiles (P, k), the different rows of
-    failed, and counts (P,), how many people have each; int64."""
+    """The one data structure. failed (n, k) 0/1, 1 = this model fails this person → profiles (P, k), the different rows
+    of failed, and counts (P,), how many people have each; int64."""
     packed = np.packbits(failed, axis=1)
     rows = packed.view(f"V{packed.shape[1]}")[:, 0]  # a packed row sorts as one item, faster than as k numbers
     _, first, counts = np.unique(rows, return_index=True, return_counts=True)
@@ -56,14 +57,14 @@ def poisson_binomial(errors):
 
 
 def homogeneity(profiles, counts, kind):
-    """Share of people whom all models fail ("systemic"), none fails ("consistent"), or either ("homogeneous"). counts (P,).
+    """Share of people whom all models fail ("systemic"), none fails ("consistent"), or either ("homogeneous").
 
-    → {observed, expected of independent models with the same errors, difference D = observed − expected, ratio, and of
-    systemic failure phi = D / (min e − expected), 0 independent, 1 as nested as the errors allow: each (estimate, low,
-    high), NaN = undefined; influence (P,): what one more person of each profile does to D, times n}.
+    counts (P,) → {observed, expected of independent models with the same errors, difference D = observed − expected,
+    ratio, and of systemic failure phi = D / (min e − expected), 0 independent, 1 as nested as the errors allow: each
+    (estimate, low, high), NaN = undefined; influence (P,): what one more person of each profile does to D, times n}.
 
-    Delta method: Var(D) = Σ counts·influence² / n². Its normal interval fails where few people are failed by all; so the
-    observed rate's interval is exact, the expected one's is on log odds, and `mover` joins the two."""
+    Delta method: Var(D) = Σ counts·influence² / n². Its normal interval fails where few people are failed by all; so
+    the observed rate's interval is exact, the expected one's is on log odds, and `mover` joins the two."""
     n, k = int(counts.sum()), profiles.shape[1]
     errors, inside = counts @ profiles / n, np.eye(k + 1)[profiles.sum(1)][:, KINDS[kind]].sum(1)
     observed, expected = counts @ inside / n, poisson_binomial(errors)[KINDS[kind]].sum()
@@ -98,8 +99,8 @@ def homogeneity(profiles, counts, kind):
 
 
 def contrast(first, second, kind, paired=False):
-    """D of one group less D of another or, paired, of two ecosystems on the same people: first, second (profiles, counts),
-    paired: the same counts → (estimate, low, high). They differ where 0 lies outside."""
+    """D of one group less D of another or, paired, of two ecosystems on the same people. first, second: (profiles,
+    counts), paired: the same counts → (estimate, low, high). They differ where 0 lies outside."""
     one, two = (homogeneity(*ecosystem, kind) for ecosystem in (first, second))
     variances = np.eye(2)
     if paired:
@@ -109,14 +110,7 @@ def contrast(first, second, kind, paired=False):
     return a - b, *mover(a, a_interval, b, b_interval, rho)
 
 
-def dispersion(hist, columns):
-    """Var(T) / Σ e(1 − e): 1 for independent models, k for identical ones. It has no interval: see the docstring above."""
-    errors = columns / hist.sum()
-    variance = np.cov(np.arange(len(hist)), ddof=0, fweights=hist)
-    return float(variance / ((errors * (1 - errors)).sum() or math.nan))
-
-
-# ==================================================================================== the method: intervals
+# ==================================================================================== intervals
 
 
 def binomial_tail(x, n, p):
@@ -152,13 +146,13 @@ def mover(a, a_interval, b, b_interval, rho):
     return a - b - low, a - b + high
 
 
-# ==================================================================================== the method: tests and other nulls
+# ==================================================================================== tests and other nulls
 
 
 def permutation_null(n, failures, n_draws, rng):
-    """Shuffle each model's outcomes among n people, errors fixed. failures (k,) of each model → people whom all models fail
-    and people whom none fails, (n_draws,) each. No table is shuffled: a model's failures fall on those failed by all so
-    far, on those failed by none, or on others, and how many is hypergeometric."""
+    """Shuffle each model's outcomes among n people, errors fixed. failures (k,) of each model → people whom all models
+    fail and people whom none fails, (n_draws,) each. No table is shuffled: a model's failures fall on those failed by
+    all so far, on those failed by none, or on others, and how many is hypergeometric."""
     all_fail = np.full(n_draws, failures[0])
     none_fails = n - all_fail
     for f in failures[1:]:
@@ -174,11 +168,11 @@ def p_value(observed, draws):
 
 
 def two_class_null(errors, alpha, delta):
-    """A share α of people is harder, every error times 1 + Δ, and the others easier so that every error stays → (k + 1,):
+    """A share α of people is harder, every error times 1 + Δ, the others easier so that every error stays → (k + 1,):
     P = α·PB((1 + Δ)e) + (1 − α)·PB((1 − αΔ/(1 − α))e). ValueError where a probability would leave [0, 1].
 
-    The worst model caps it: of all distributions of a factor common to all models' errors, α = max e with Δ = 1 / max e − 1
-    (the hard are always failed by the worst model, the others by none) gives the most systemic failure, Π e / (max e)^(k − 1)."""
+    The worst model caps it. Of all distributions of a factor common to all errors, α = max e with Δ = 1 / max e − 1
+    (the worst model fails all the hard, none fails the others) has most systemic failure, Π e / (max e)^(k − 1)."""
     errors = np.asarray(errors, float)
     most = 1 / max(errors.max(), alpha) - 1
     if not 0 <= delta <= most + 1e-12:
@@ -199,9 +193,9 @@ LOG_W = -(Z**2) / 2 - 0.5 * math.log(2 * math.pi) + math.log(float(Z[1] - Z[0]))
 
 
 def fit_rasch(hist, columns):
-    """One shared difficulty, P(model j fails i) = σ(b_j + a·z_i), z ~ N(0, 1), by marginal likelihood. hist (k + 1,) and
-    columns (k,) of `tally` suffice → a, its standard error (NaN near 0), fitted P (k + 1,). None, undefined: a model that
-    always or never fails (leave it out); identical or nested models, whose a has no end; no convergence.
+    """One shared difficulty, P(model j fails i) = σ(b_j + a·z_i), z ~ N(0, 1), by marginal likelihood. hist (k + 1,)
+    and columns (k,) of `tally` suffice → a, its standard error (NaN near 0), fitted P (k + 1,). None, undefined: a
+    model that always or never fails (leave it out); identical or nested models, whose a has no end; no convergence.
 
     It is fitted to hist, so coming close to hist proves nothing: four copies of one model fit too."""
     n, k = hist.sum(), len(columns)
@@ -229,7 +223,7 @@ def fit_rasch(hist, columns):
     return a, error if a > 2 * error else math.nan, LOG_W.exp().numpy() @ poisson_binomial(p)
 
 
-# ==================================================================================== the method: pairs and improvement
+# ==================================================================================== pairs and improvement
 
 
 def agreement(profiles, counts):
@@ -242,10 +236,10 @@ def agreement(profiles, counts):
 
 
 def improvement(before, after, j, n_draws, rng):
-    """Who gains when model j improves (section 4)? before (n, k), after (n,): failures at one time, and of j at the next.
+    """Who gains when model j improves (section 4)? before (n, k), after (n,): failures at a time, and of j at the next.
 
-    → initial (failures of j), improved, declined, each (k,): people by the number of other models that fail them, the last
-    cell systemic; p, two-sided: do improvements strike j's failures at random (hypergeometric)?"""
+    → initial (failures of j), improved, declined, each (k,): people by the number of other models that fail them, the
+    last cell systemic; p, two-sided: do improvements strike j's failures at random (hypergeometric)?"""
     others, failed, fails = before.sum(1, dtype=np.int64) - before[:, j], before[:, j] > 0, after > 0
     cells = (failed, failed & ~fails, ~failed & fails)
     initial, improved, declined = (np.bincount(others[who], minlength=before.shape[1]) for who in cells)
@@ -255,7 +249,8 @@ def improvement(before, after, j, n_draws, rng):
 
 # ==================================================================================== a table, never guessed
 
-IDS = ("instance_id", "example_id", "image_id", "person_id", "doc_id", "id", "", "ddi_id", "ddi_file", "disease")  # no models
+IDS = ("instance_id", "example_id", "image_id", "person_id", "doc_id", "id", "")  # "": the index that pandas writes
+NO_MODELS = (*IDS, "ddi_id", "ddi_file", "disease")  # the last three: of DDI, see the task ddi
 NOTHING = ("na", "n/a", "nan", "null", "none", "-", "?")  # an answer, or none? The reader asks
 
 
@@ -274,7 +269,7 @@ def value_of(text, threshold=None):
     """What a cell says: True, 1 and 1.0 are "1". Any other text stays as it is, 007 and digits beyond 2^53 too. With a
     threshold, a number from 0 to 1 is a probability: "1" above the threshold, else "0"."""
     text = {"true": "1", "false": "0"}.get(text.strip().lower(), text.strip())
-    if threshold is not None and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", text) and 0 <= float(text) <= 1:
+    if threshold is not None and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) and 0 <= float(text) <= 1:
         return str(int(float(text) > threshold))
     whole = re.fullmatch(r"[+]?(-?(0|[1-9][0-9]*))(\.0*)?", text)
     return whole[1] if whole else text
@@ -317,8 +312,9 @@ def read_columns(path):
 def order_of_times(path, names):
     """Columns model@time → models; times in order, whole numbers (9, 10) or dates; columns by time. Without times
     names, [""], [names]."""
-    models, times = (list(dict.fromkeys(name.rpartition("@")[i] for name in names if "@" in name)) for i in (0, 2))
-    if len(models) == sum("@" in name for name in names):  # no model comes twice: an @ is part of a name
+    pairs = [name.rpartition("@") for name in names if "@" in name]
+    models, times = (list(dict.fromkeys(pair[i] for pair in pairs)) for i in (0, 2))
+    if len(models) == len(pairs):  # no model comes twice: an @ is part of a name
         return names, [""], [names]
     if odd := {f"{model}@{time}" for model in models for time in times} ^ set(names):
         fail(f"{path}: columns model@time want every model at every time, and no other column; see {min(odd)}")
@@ -333,19 +329,20 @@ def first_few(texts, most=12):
 
 
 def read_table(path, columns, label=None, group=None, models=None, outcome=None, missing=None, threshold=None):
-    """columns of `read_columns`, a row for each person → Table. What was read is printed; what is unclear ends the program
-    with its row, its column and its remedy. path: for messages.
+    """columns of `read_columns`, a row for each person → Table. What was read is printed; what is unclear ends the
+    program with its row, its column and its remedy. path: for messages.
 
     label, group, models: columns (those called label, group, and all others). Every answer must be a label; with
     outcome "correct" or "fail", what a 1 means, 0 or 1; with a threshold, a probability of label 1. missing: "drop" the
     person or count a "fail" where the cell is empty or, "drop:NA,-", one of these words."""
     label = label or ("label" if "label" in columns else None)
     group = group or ("group" if "group" in columns else None)
-    names = models or [name for name in columns if name not in (label, group) and name.lower() not in IDS]
+    names = models or [name for name in columns if name not in (label, group) and name.lower() not in NO_MODELS]
     index = next((name for name in columns if name.lower() in IDS and name not in (label, group, *names)), None)
     wanted = [name for name in (label, group, *names) if name]
     if odd := [name for name in wanted if name not in columns or wanted.count(name) > 1]:
-        fail(f"{path}: {odd[0]} {'serves twice' if odd[0] in columns else 'is no column'}; columns: {first_few([*columns])}")
+        why = "wanted twice" if odd[0] in columns else "no such column"
+        fail(f"{path}: {odd[0]}: {why}; there are {first_few([*columns])}")
     n = len(next(iter(columns.values())))
     long = [x for x in columns if x.lower() == "model" and not models or x == index and len(set(columns[x])) < n]
     if long:
@@ -374,37 +371,37 @@ def read_table(path, columns, label=None, group=None, models=None, outcome=None,
         if answers.min() == -2:  # probabilities, age, other words for the labels, N/A
             i = int(answers.argmin())
             odd = columns[name][i].strip()
-            fail(f'{path}: person {i + 1}, column "{name}": {odd} is no label ({first_few(classes)}). No model? Name the '
-                 "models: --models A,B. A probability? --threshold 0.5. Another word for a label? Write the label. No "
-                 f"answer? --missing drop:{odd} or, to count it as wrong, fail:{odd}")
+            fail(f'{path}: person {i + 1}, column "{name}": {odd} is no label ({first_few(classes)}). No model? Name '
+                 "the models: --models A,B. A probability? --threshold 0.5. Another word for a label? Write the label. "
+                 f"No answer? --missing drop:{odd} or, to count it as wrong, fail:{odd}")
     lost, wrong = {}, {}
     for what, who in holes.items():
         if who.any():
             if way not in ("drop", "fail"):
-                fail(f"{path}: person {who.argmax() + 1}, column \"{what}\": empty. --missing drop leaves such people out; "
-                     "--missing fail counts no answer as wrong, and leaves out who has no label or no group")
+                fail(f'{path}: person {who.argmax() + 1}, column "{what}": empty. --missing drop leaves such people '
+                     "out; --missing fail counts no answer as wrong, and leaves out who has no label or no group")
             (wrong if way == "fail" and what in names else lost)[what] = who
     keep = ~np.any([np.zeros(n, bool), *lost.values()], axis=0)
     if not keep.any():
         fail(f"{path}: nobody is left: {first_few([*lost])} empty")
     models, times, by_time = order_of_times(path, names)
-    failed = failed[:, keep]
     sizes = [f"{g}: {size:,}" for g, size in zip(groups, np.bincount(member[keep], minlength=len(groups)))]
     unused = [name for name in columns if name not in (group, index, *names) and (name != label or outcome)]
     same = [f"{text} = {x}" for text, x in said.items() if text != x and x in classes]
-    empty = lambda columns: first_few([f"{who.sum():,} without {what}" for what, who in columns.items()]) or "–"
+    without = lambda columns: first_few([f"{who.sum():,} without {what}" for what, who in columns.items()])
     print(f"{path}: {keep.sum():,} of {n:,} people, {len(models)} models", "at " * len(times[1:]) + " → ".join(times))
     for what, text in {
-        "models": ", ".join(f"{name} (error {e:.4f})" for name, e in zip(names, failed.mean(1))),
-        "label": f"1 is {outcome}" if outcome else f"{label}: {first_few(classes)} {'; ' * bool(same)}{first_few(same)}",
-        "group": f"{group}: {first_few(sizes)}" if group else "–",
-        "not used": first_few(unused) or "–",
-        "dropped": empty(lost),
-        "as wrong": empty(wrong),
+        "models": ", ".join(f"{name} (error {row[keep].mean():.4f})" for name, row in zip(names, failed)),
+        "label": f"1 is {outcome}" if outcome else f"{label}: {first_few(classes)}",
+        "read as": first_few(same),
+        "group": f"{group}: {first_few(sizes)}" if group else "",
+        "not used": first_few(unused),
+        "dropped": without(lost),
+        "as wrong": without(wrong),
     }.items():
-        print(f"  {what:9}", text)
+        print(f"  {what:9}", text or "–")
     at = [[names.index(name) for name in row] for row in by_time]
-    return Table(models, failed[at].transpose(0, 2, 1), truth[keep], classes, member[keep], groups, times)
+    return Table(models, failed[at][..., keep].transpose(0, 2, 1), truth[keep], classes, member[keep], groups, times)
 
 
 # ==================================================================================== the same in every file
@@ -500,41 +497,41 @@ def measure(ecosystems, args):
         both, kappa = agreement(profiles, counts)
         figures[name] = m = dict(
             people=n, errors=columns / n, observed=hist / n, expected=poisson_binomial(columns / n), both_fail=both,
-            kappa=kappa, dispersion=dispersion(hist, columns), rasch=fit_rasch(hist, columns))
+            kappa=kappa, rasch=fit_rasch(hist, columns))
         all_fail, none_fails = permutation_null(n, columns, DRAWS, np.random.default_rng(args.seed))
         for kind, draws in zip(KINDS, (all_fail, none_fails, all_fail + none_fails)):
             m[kind] = homogeneity(profiles, counts, kind) | dict(p=p_value(hist[KINDS[kind]].sum(), draws))
             del m[kind]["influence"]
-        rows += [[name, kind, f"{n:,}", *(show(*m[kind][x]) for x in rates), f"{m[kind]['p']:.2g}"] for kind in KINDS]
-    print()
+            estimates = (show(*m[kind][x]) for x in rates)
+            rows.append([name, kind, f"{n:,}", *estimates, f"{m[kind]['p']:.2g}"])
     print_table(["share of people [95 %]", "", "people", *rates, "p"], rows)
-    print("systemic: all models fail; consistent: none; homogeneous: either. Expected: independent models with the same errors")
+    print("systemic: all models fail; consistent: none; homogeneous: either. Expected: independent, same errors\n")
     return figures
 
 
 def hard_people(names, failed, m, stratum):
-    """Is it that some people are hard? Prints and returns what other nulls give, {name: P (k + 1,)}. stratum (n,): people's
-    label, or group."""
+    """Is it that some people are hard? Prints and returns what other nulls give, {name: P (k + 1,)}. failed (n, k), m
+    of `measure`, stratum (n,): people's label, or group."""
     k, nulls = len(names), {"observed": m["observed"], "independent models": m["expected"]}
-    kappa = np.where(np.tri(k) + np.isnan(m["kappa"]), -1, m["kappa"])
+    kappa = np.where(np.tri(k) + np.isnan(m["kappa"]), -2, m["kappa"])
     a, b = np.unravel_index(kappa.argmax(), kappa.shape)
-    print(f"\nphi {show(*m['systemic']['phi'])} (0 independent, 1 nested); dispersion {show(m['dispersion'])} (1 independent, "
-          f"{k} identical); most alike {names[a]}, {names[b]}: κ {show(m['kappa'][a, b])}")
+    print(f"phi {show(*m['systemic']['phi'])} (0 independent, 1 nested as the errors allow)\n"
+          f"most alike: {names[a]} and {names[b]}, κ {show(m['kappa'][a, b])} (0 independent, 1 copies)\n")
     if strata := stratum.max():
         nulls[f"independent within {strata + 1:,} labels or groups"] = stratified_null(failed, stratum)
     if 0 < (worst := m["errors"].max()) < 1:
-        nulls["a factor common to all models, at most"] = two_class_null(m["errors"], worst, 1 / worst - 1)
+        nulls["a factor common to all errors, at most"] = two_class_null(m["errors"], worst, 1 / worst - 1)
     a, error, fitted = m["rasch"] or (math.nan, math.nan, np.full(k + 1, math.nan))
     nulls[f"one difficulty (Rasch), a {show(a)} ± {show(error)}"] = fitted
     print_table(["is it that some people are hard?", *KINDS],
                 [[name, *(show(p[cells].sum()) for cells in KINDS.values())] for name, p in nulls.items()])
-    print("Rasch is fitted to the outcomes and comes close to them whatever made them, copies of one model too")
+    print("Rasch is fitted to the outcomes and comes close to them whatever made them, copies of one model too\n")
     return nulls
 
 
 def by_group(sides, failed, group, groups):
-    """Section 5: are one group's outcomes more homogeneous than its errors explain? sides {name: columns of failed}: one
-    ecosystem or two. Prints and returns D in each group, and differences of D between groups (and ecosystems)."""
+    """Section 5: are one group's outcomes more homogeneous than its errors explain? sides {name: columns of failed}: an
+    ecosystem or two. Prints and returns D in the four largest groups, and its differences between groups and sides."""
     largest, rows, found, of = np.argsort(-np.bincount(group), kind="stable")[:4], [], {}, {}
     for g in largest:
         profiles, counts = outcome_profiles(failed[group == g])
@@ -547,35 +544,34 @@ def by_group(sides, failed, group, groups):
         pair = {side: contrast(of[a][side], of[b][side], "homogeneous") for side in sides}
         if len(sides) == 2:  # of the ecosystems within a group, on the same people; then of two groups
             (x, *x_interval), (y, *y_interval) = (contrast(*of[g].values(), "homogeneous", paired=True) for g in (a, b))
-            pair[" less ".join(sides)] = x - y, *mover(x, x_interval, y, y_interval, 0)
+            pair[" less ".join(sides)] = x - y, *mover(x, x_interval, y, y_interval, 0)  # difference in differences
         for side, d in pair.items():
             found[f"{groups[a]} less {groups[b]}, {side}"] = d
             rows.append([f"{groups[a]} less {groups[b]}, {side}", "", "", show(*d)])
-    print()
     print_table(["group", "people", "errors", "homogeneous, observed less expected [95 %]"], rows)
+    print()
     return found
 
 
 def improvements(tables, args):
     """Section 4: who gains when a model improves? {name: Table} → cases, printed: one for each model and two times (the
     other models are taken at the earlier)."""
-    cases, rows, shares, rng = {}, [], [], np.random.default_rng(args.seed)
+    cases, rows, kept, rng = {}, [], [], np.random.default_rng(args.seed)
     for name, table in tables.items():
         for t, j in product(range(len(table.times) - 1), range(len(table.models))):
             case = improvement(table.failed[t], table.failed[t + 1][:, j], j, DRAWS, rng)
             initial, improved, declined = (case[x] for x in ("initial", "improved", "declined"))
-            title = f"{name} {table.models[j]}, {table.times[t]} → {table.times[t + 1]}".strip()
-            cases[title] = case | dict(shares=[float(x[-1] / (x.sum() or math.nan)) for x in (initial, improved)])
+            case["systemic"] = shares = [float(x[-1] / (x.sum() or math.nan)) for x in (initial, improved)]
+            cases[title := f"{name} {table.models[j]}, {table.times[t]} → {table.times[t + 1]}".strip()] = case
             if improved.sum() - declined.sum() >= 0.005 * len(table.labels):
-                shares.append(cases[title]["shares"])
+                kept.append(shares)
             by_others = " ".join(f"{x}/{y}" for x, y in zip(improved, initial))
-            rows.append([title, f"{declined.sum():,}", f"{improved.sum():,}/{initial.sum():,}", by_others,
-                         *cases[title]["shares"], f"{case['p']:.2g}"])
-    means = np.mean(shares, axis=0).tolist() if shares else [math.nan] * 2
-    print()
-    print_table(["who gains when a model improves?", "declined", "improved/failures", "by number of other models that fail",
-                 "systemic: of failures", "of improved", "p"],
-                [*rows, [f"mean of the {len(shares)} whose error falls by 0.005 or more", "", "", "", *means, ""]])
+            totals = f"{declined.sum():,}", f"{improved.sum():,}/{initial.sum():,}"
+            rows.append([title, *totals, by_others, *shares, f"{case['p']:.2g}"])
+    mean = np.mean(kept, axis=0).tolist() if kept else [math.nan] * 2
+    rows.append([f"mean of {len(kept)} whose error falls by 0.005 or more", "", "", "", *mean, ""])
+    header = ["who gains when a model improves?", "declined", "improved/failures", "by other models that fail"]
+    print_table([*header, "systemic, of failures", "of improved", "p"], rows)
     return cases
 
 
@@ -584,7 +580,8 @@ def analyse(name, table, args):
     failed, human = table.failed[-1], np.array([model.startswith("human:") for model in table.models])
     sides = {side: np.flatnonzero(who) for side, who in (("models", ~human), ("humans", human)) if who.any()}
     if min(map(len, sides.values())) < 2:
-        fail(f"{name}: {', '.join(f'{len(columns)} {side}' for side, columns in sides.items())}: want two or more of each")
+        fail(f"{name}: an ecosystem of one. Want two models or more and, called human:NAME, no human or two and more")
+    print(f"\n{name} {table.times[-1]}")
     figures = measure({side: failed[:, columns] for side, columns in sides.items()}, args)
     stratum = table.labels if len(table.classes) > 1 else table.group
     for side, columns in sides.items():
@@ -614,7 +611,7 @@ PROVIDERS = {  # name: (features of a character's name, width of the hidden laye
     "words, linear": (lambda name: name.split(), 0),
     "words, MLP": (lambda name: name.split(), 64),
     "trigrams, MLP": (lambda name: [f"  {name} "[i : i + 3] for i in range(len(name) + 1)], 64),
-    "ends, linear": (lambda name: [f"{i}{word}" for i, word in zip("012", name.split()[:1] + name.split()[-2:])], 0),
+    "last words, linear": (lambda name: name.split()[-3:], 0),
 }
 YEARS = {"year 1": 0.25, "year 2": 0.5, "year 3": 1.0}  # and the share of the training data that there is by then
 N_FEATURES, N_TEST, EPOCHS = 4096, 8000, 8
@@ -699,7 +696,8 @@ HAPI_FILE = re.compile(  # the paper's part: tasks/sa/yelp/labels.json, tasks/sa
 
 
 def read_hapi(path):
-    """The paper's part of HAPI's archive → {"task/dataset": Table}. Joined by example_id; no answer counts as wrong."""
+    """The paper's part of HAPI's archive → {"task/dataset": Table}. Joined by example_id. No answer, or one that is no
+    label, counts as wrong; how many is printed."""
     found, tables = {}, {}
     try:
         with tarfile.open(path) as archive:
@@ -724,8 +722,9 @@ def read_hapi(path):
 
 def hapi(args):
     """Sections 3 and 4: eleven datasets, three commercial APIs each, 2020 to 2022 (205 MB)."""
-    tables = read_hapi(args.data or download(HAPI))
-    ecosystems = {f"{name} {time}": x for name, table in tables.items() for time, x in zip(table.times, table.failed)}
+    tables, ecosystems = read_hapi(args.data or download(HAPI)), {}
+    for name, table in tables.items():
+        ecosystems |= {f"{name} {time}": failed for time, failed in zip(table.times, table.failed)}
     figures = measure(ecosystems, args)
     above = sum(m["homogeneous"]["difference"][0] > 0 for m in figures.values())
     print(f"the paper: homogeneous outcomes exceed the expected ones everywhere. Here: {above} of {len(figures)}")
@@ -766,7 +765,8 @@ def parse_args(argv=None):
     task(unicode, "seed out no_plot")
     task(report, "label group models outcome missing threshold seed out no_plot")
     task(improve, "label models outcome missing threshold seed out", group=None)
-    task(ddi, "label group models missing threshold seed out no_plot", label="malignant", group="skin_tone", outcome=None)
+    of_ddi = dict(label="malignant", group="skin_tone", outcome=None)
+    task(ddi, "label group models missing threshold seed out no_plot", **of_ddi)
     task(hapi, "data seed out")
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
