@@ -35,7 +35,7 @@ KINDS = {"systemic": [-1], "consistent": [0], "homogeneous": [0, -1]}
 def outcome_profiles(failed):
     """The one data structure. failed (n, k) 0/1, 1 = this model fails this person → profiles (P, k), the different rows
     of failed, and counts (P,), how many people have each; int64."""
-    packed = np.packbits(failed, axis=1)
+    packed = np.packbits(failed, axis=1).copy()
     rows = packed.view(f"V{packed.shape[1]}")[:, 0]  # a packed row sorts as one item, faster than as k numbers
     _, first, counts = np.unique(rows, return_index=True, return_counts=True)
     return failed[first].astype(np.int64), counts
@@ -517,8 +517,8 @@ def hard_people(names, failed, m, stratum):
     a, b = np.unravel_index(kappa.argmax(), kappa.shape)
     print(f"phi {show(*m['systemic']['phi'])} (0 independent, 1 nested as the errors allow)\n"
           f"most alike: {names[a]} and {names[b]}, κ {show(m['kappa'][a, b])} (0 independent, 1 copies)\n")
-    if strata := stratum.max():
-        nulls[f"independent within {strata + 1:,} labels or groups"] = stratified_null(failed, stratum)
+    if np.ptp(stratum):
+        nulls[f"independent within {len(set(stratum)):,} labels or groups"] = stratified_null(failed, stratum)
     if 0 < (worst := m["errors"].max()) < 1:
         nulls["a factor common to all errors, at most"] = two_class_null(m["errors"], worst, 1 / worst - 1)
     a, error, fitted = m["rasch"] or (math.nan, math.nan, np.full(k + 1, math.nan))
@@ -583,7 +583,7 @@ def analyse(name, table, args):
         fail(f"{name}: an ecosystem of one. Want two models or more and, called human:NAME, no human or two and more")
     print(f"\n{name} {table.times[-1]}")
     figures = measure({side: failed[:, columns] for side, columns in sides.items()}, args)
-    stratum = table.labels if len(table.classes) > 1 else table.group
+    stratum = table.labels if np.ptp(table.labels) else table.group
     for side, columns in sides.items():
         names = [table.models[j] for j in columns]
         figures[side] |= dict(names=names, nulls=hard_people(names, failed[:, columns], figures[side], stratum))
@@ -722,9 +722,9 @@ def read_hapi(path):
 
 def hapi(args):
     """Sections 3 and 4: eleven datasets, three commercial APIs each, 2020 to 2022 (205 MB)."""
-    tables, ecosystems = read_hapi(args.data or download(HAPI)), {}
-    for name, table in tables.items():
-        ecosystems |= {f"{name} {time}": failed for time, failed in zip(table.times, table.failed)}
+    tables = read_hapi(args.data or download(HAPI))
+    ecosystems = {f"{name} {time}": failed for name, table in tables.items()
+                  for time, failed in zip(table.times, table.failed)}
     figures = measure(ecosystems, args)
     above = sum(m["homogeneous"]["difference"][0] > 0 for m in figures.values())
     print(f"the paper: homogeneous outcomes exceed the expected ones everywhere. Here: {above} of {len(figures)}")
@@ -741,8 +741,8 @@ def parse_args(argv=None):
     parser.error = fail
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     flags = {
-        "label": dict(help="the truth (%(default)s; none: the column label)"),
-        "group": dict(help="groups of people (%(default)s; none: the column group, if there is one)"),
+        "label": dict(help="column of the truth (its name for None: label)"),
+        "group": dict(help="column of groups of people (for None: group, if there is one)"),
         "models": dict(type=lambda text: text.split(","), help="columns of models (all others)"),
         "outcome": dict(choices=("correct", "fail"), help="cells are 0 and 1 and a 1 means this; no label then"),
         "missing": dict(help="empty cells: drop the person, or count as fail; drop:NA,- such words too"),
