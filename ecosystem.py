@@ -1,5 +1,57 @@
-"""Ecosystem-level analysis of deployed machine learning.
-(DOCSTRING)
+"""Ecosystem-level analysis of deployed machine learning (Toups and others, NeurIPS 2023; arXiv 2307.05862).
+
+The problem. A person meets all the models that are deployed for a need: every screener of résumés, every voice API.
+Accuracy looks at one model, a column of the table of outcomes. What a person lives through is a row.
+
+The idea. Stack the outcomes of k models on n people, 1 = this model fails this person, and count rows. With errors e_j
+(the means of columns) and the number of failures T_i of person i,
+
+    P_obs(t) = #{i : T_i = t} / n                 observed
+    P_exp    = PoissonBinomial(e_1 … e_k)         expected, if the models failed independently
+    systemic failure P(k): all fail; consistent success P(0): none fails; homogeneous outcome: either
+    D = observed − expected; phi = D / (min e − expected), systemic: 0 independent, 1 as nested as the errors allow
+
+D > 0: the same people are failed again and again. The unique rows and how many people have each, `outcome_profiles`,
+carry everything. Observed rates have exact intervals; those of D, ratios and contrasts join two intervals into one
+(`mover`), because normal and bootstrap intervals fail where few people are failed by all. p-values shuffle each model's
+outcomes among the people. They are two-sided: outcomes can also be less homogeneous than chance.
+
+How to run it.
+
+    python ecosystem.py                    four classifiers of Unicode characters, offline (14 s of CPU)
+    python ecosystem.py report FILE…       your table, a row a person: a label and a column of answers for each model,
+                                           or --outcome correct|fail and columns of 0 and 1
+    python ecosystem.py improve FILE…      columns model@time: who gains when a model improves
+    python ecosystem.py ddi FILE           section 5: skin tones, models and dermatologists
+    python ecosystem.py hapi               sections 3 and 4: the paper's eleven datasets (205 MB)
+
+The reader never guesses: it prints what it took for what, and refuses what is no label with the way to say what it is.
+
+What we measured (--seed 0, 1, 2; 8,000 characters of Unicode 14; CPU). The paper: homogeneous outcomes exceed the
+expected ones on all eleven datasets; a tenth of improvements (as quoted by others) reach people whom all others fail.
+
+    systemic failure        1.69, 1.75, 1.74 %; expected 0.0023, 0.0025, 0.0022 %. Seed 0: 727 times [595, 878]
+    homogeneous outcomes    82.2, 82.4, 82.8 %; expected 70.6, 70.4, 71.1 %. Seed 0: D = 11.6 points [10.6, 12.6]
+    who gains               32, 31, 29 % of a model's failures are systemic, 19, 19, 16 % of its improvements
+    are some people hard?   systemic failure if independent within categories: 0.19, 0.12, 0.16 %; if a factor common to
+                            all errors made people hard: at most 0.49, 0.53, 0.50 %; Rasch: 1.61, 1.71, 1.63 %
+
+Both findings hold here. A common factor cannot make 1.7 %: where the worst model always fails, it ends. A difficulty on
+log odds (Rasch) can, but it is fitted to the outcomes and cannot tell hard people from flaws that models share: from
+four copies of one model, 5 % of outcomes flipped, it makes 6.7 of 8.7 %, and nobody was hard.
+
+Coverage of 95 % intervals (1,000 tables each; 100 and 1,000 people; k = 2, 3, 6; expected counts 0.3 to 100; models
+independent, or half of the people hard): at least 93.1 %. Tests at 5 %: shuffles reject at most 5.6 %, contrasts 4.7 %.
+
+What did not hold. Expected rate and ratio of homogeneous outcomes have no interval: the delta method fails near errors
+of ½. For a model that never fails, all but the observed systemic rate is undefined; below one expected failure
+of a model the interval of the expected rate does not hold. We did not run HAPI and DDI themselves. Intervals, phi and
+all nulls but independence are ours, not the paper's.
+
+Try (seed 0): last line of PROVIDERS "words, MLP again": (lambda name: name.split(), 64), a copy. κ = 1, S = 1.86 %,
+and the ratio jumps to 2,800, for the expected rate falls: ratios of different ecosystems do not compare; phi is 0.45.
+N_FEATURES = 256: words collide, alike for models with the same features; S = 3.3 %, phi 0.48 where it was 0.41.
+EPOCHS = 1: worse models; S = 3.8 %, and yet the ratio is only 44.
 """
 
 import argparse
@@ -525,7 +577,7 @@ def hard_people(names, failed, m, stratum):
     nulls[f"one difficulty (Rasch), a {show(a)} ± {show(error)}"] = fitted
     print_table(["is it that some people are hard?", *KINDS],
                 [[name, *(show(p[cells].sum()) for cells in KINDS.values())] for name, p in nulls.items()])
-    print("Rasch is fitted to the outcomes and comes close to them whatever made them, copies of one model too\n")
+    print("Rasch is fitted to these outcomes: it cannot tell hard people from flaws that the models share\n")
     return nulls
 
 
@@ -684,8 +736,10 @@ def improve(args):
 
 
 def ddi(args):
-    """Section 5: models and dermatologists by skin tone. A report on DDI's ddi_metadata.csv (ddi-dataset.github.io) with a
-    column of answers for each model and, called human:NAME, for each dermatologist."""
+    """Section 5: models and dermatologists by skin tone.
+
+    A report on DDI's ddi_metadata.csv (ddi-dataset.github.io) with a column of answers for each model and, called
+    human:NAME, for each dermatologist."""
     report(args)
 
 
@@ -723,9 +777,8 @@ def read_hapi(path):
 def hapi(args):
     """Sections 3 and 4: eleven datasets, three commercial APIs each, 2020 to 2022 (205 MB)."""
     tables = read_hapi(args.data or download(HAPI))
-    ecosystems = {f"{name} {time}": failed for name, table in tables.items()
-                  for time, failed in zip(table.times, table.failed)}
-    figures = measure(ecosystems, args)
+    figures = measure({f"{name} {time}": failed for name, table in tables.items()
+                       for time, failed in zip(table.times, table.failed)}, args)
     above = sum(m["homogeneous"]["difference"][0] > 0 for m in figures.values())
     print(f"the paper: homogeneous outcomes exceed the expected ones everywhere. Here: {above} of {len(figures)}")
     cases = improvements(tables, args)
@@ -741,14 +794,14 @@ def parse_args(argv=None):
     parser.error = fail
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     flags = {
-        "label": dict(help="column of the truth (its name for None: label)"),
-        "group": dict(help="column of groups of people (for None: group, if there is one)"),
+        "label": dict(help="column of the truth (for None: label)"),
+        "group": dict(help="column of groups (for None: group, if there is one)"),
         "models": dict(type=lambda text: text.split(","), help="columns of models (all others)"),
         "outcome": dict(choices=("correct", "fail"), help="cells are 0 and 1 and a 1 means this; no label then"),
         "missing": dict(help="empty cells: drop the person, or count as fail; drop:NA,- such words too"),
         "threshold": dict(type=float, help="answers are probabilities of label 1; above it they say 1"),
         "data": dict(type=Path, help="HAPI's archive, instead of the download"),
-        "seed": dict(type=int, default=0, help="of split, classifiers and shuffles (%(default)s)"),
+        "seed": dict(type=lambda text: int(text) % 2**32, default=0, help="of split, classifiers, shuffles (%(default)s)"),
         "out": dict(type=Path, help="folder for results.json and figure (%(default)s)"),
         "no_plot": dict(action="store_true", help="write no figure"),
     }
@@ -757,7 +810,7 @@ def parse_args(argv=None):
         sub = tasks.add_parser(function.__name__, help=function.__doc__.split("\n")[0], description=function.__doc__)
         sub.error = fail
         if "label" in names:
-            sub.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl, .gz or not")
+            sub.add_argument("files", nargs="+", type=Path, help=".csv, .tsv or .jsonl, .gz or not")
         for name in names.split():
             sub.add_argument(f"--{name}", **flags[name])
         sub.set_defaults(task=function, out=Path("out/ecosystem") / function.__name__, **defaults)
