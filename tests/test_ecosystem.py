@@ -253,9 +253,8 @@ def tool(tmp_path, *arguments):
 
 
 def test_the_default_run_made_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(eco, "EPOCHS", 1)
     monkeypatch.setattr(eco, "YEARS", {"year 1": 0.25, "year 2": 1.0})
-    text, figures = tool(tmp_path)
+    text, figures = tool(tmp_path, "--epochs", 1)
     m, cases = figures["models"], figures["improvements"]
     assert m["systemic"]["observed"][0] > 20 * m["systemic"]["expected"][0] and m["homogeneous"]["difference"][1] > 0.03
     assert m["homogeneous"]["p"] < 0.001 and len(cases) == 4 and text.count("\n") < 45
@@ -264,12 +263,11 @@ def test_the_default_run_made_small(tmp_path, monkeypatch):
     assert Path(text.split()[-1]).stat().st_size > 10_000 and text.split()[-2].endswith("results.json")
 
 
-def test_training_under_autocast(monkeypatch):
-    monkeypatch.setattr(eco, "EPOCHS", 40)
+def test_training_under_autocast():
     x, y = torch.randint(1, 4096, (512, 5)), torch.arange(512) % 3
     x[:, 0] = 1 + y
     with torch.autocast("cpu", torch.bfloat16):
-        answers = eco.train_provider(x, y, x, 16, 3, 0)
+        answers = eco.train_provider(x, y, x, 16, 3, 40, 0)
     assert (answers == y).float().mean() > 0.9
 
 
@@ -299,6 +297,7 @@ RIGHT = [  # name, text, flags, errors of the two models: what must be read, and
     ("a.jsonl", '{"x": 1, "y": null} / {"x": 0, "y": 1}', "--outcome correct --missing drop", [1, 0]),
     ("a.csv", "id,label,x,y / 1,NA,NA,EU / 2,EU,NA,EU", "--missing drop:", [0.5, 0.5]),
     ("a.csv", "id,label,x,y / 1,1,1,- / 2,0,0,N/A / 3,0,0,1 / 4,1,1,1", "--missing drop:-,N/A", [0, 0.5]),
+    ("a.csv", "id,label,group,x,y / 1,1,a,1,1 / 2,,b,0,1 / 3,0,c,0,1", "--missing drop", [0, 0.5]),
     ("a.csv", "id,label,x@home,y / 1,1,1,1 / 2,0,0,1", "", [0, 0.5]),
     ("a.csv", "id,label,x@9,y@9,x@10,y@10 / 1,1,0,0,1,1 / 2,0,1,0,0,1", "", [0, 0.5]),
     ("a.csv", "id,label,x,y / 1,1,0.6,.7 / 2,0,5e-1,0.7", "--threshold 0.5", [0, 0.5]),
