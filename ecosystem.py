@@ -34,9 +34,9 @@ expected ones on all eleven datasets; a tenth of improvements (as quoted by othe
     homogeneous outcomes    82.2, 82.4, 82.8 %; expected 70.6, 70.4, 71.1 %. Seed 0: D = 11.6 points [10.6, 12.6]
     who gains               32, 31, 29 % of a model's failures are systemic, 19, 19, 16 % of its improvements
     are some people hard?   systemic failure if independent within categories: 0.19, 0.12, 0.16 %; if a factor common to
-                            all errors made people hard: at most 0.49, 0.53, 0.50 %; Rasch: 1.61, 1.71, 1.63 %
+                            all errors made people hard: at most 0.48, 0.53, 0.50 %; Rasch: 1.61, 1.71, 1.63 %
 
-Both findings hold here. A common factor cannot make 1.7 %: where the worst model always fails, it ends. A difficulty on
+Both findings hold here. A common factor cannot make 1.7 %: it ends where the worst model always fails. A difficulty on
 log odds (Rasch) can, but it is fitted to the outcomes and cannot tell hard people from flaws that models share: from
 four copies of one model, 5 % of outcomes flipped, it makes 6.7 of 8.7 %, and nobody was hard.
 
@@ -646,6 +646,8 @@ def analyse(name, table, args):
 
 
 def plot(figures):
+    """→ draw(fig): what is observed and what every null gives, of the first ecosystem."""
+
     def draw(fig):
         ax = fig.add_subplot()
         for name, p in next(iter(figures.values()))["nulls"].items():
