@@ -122,6 +122,8 @@ def test_nulls_against_references():
             assert weights @ eco.poisson_binomial(np.outer(factors, ERRORS))[:, -1] <= most + 1e-12
     failed = rasch_table(200, [-1, -0.5, 0], 1.5, 0)
     np.testing.assert_allclose(eco.stratified_null(failed, np.zeros(200, int)), eco.poisson_binomial(failed.mean(0)))
+    want = [eco.poisson_binomial(part.mean(0)) for part in (failed[:150], failed[150:])]
+    np.testing.assert_allclose(eco.stratified_null(failed, np.arange(200) // 150), 0.75 * want[0] + 0.25 * want[1])
     each = eco.stratified_null(failed, np.arange(200))
     np.testing.assert_allclose(each, np.bincount(failed.sum(1), minlength=4) / 200, atol=1e-12)
 
