@@ -795,8 +795,8 @@ def parse_args(argv=None):
     parser.error = fail
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     flags = {
-        "label": dict(help="column of the truth (for None: label)"),
-        "group": dict(help="column of groups (for None: group, if there is one)"),
+        "label": dict(help="column of the truth (label; ddi: malignant)"),
+        "group": dict(help="column of groups (group, if there is one; ddi: skin_tone)"),
         "models": dict(type=lambda text: text.split(","), help="columns of models (all others)"),
         "outcome": dict(choices=("correct", "fail"), help="cells are 0 and 1 and a 1 means this; no label then"),
         "missing": dict(help="empty cells: drop the person, or count as fail; drop:NA,- such words too"),
