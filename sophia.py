@@ -522,10 +522,12 @@ def choose_data(args, device, n_tokens):
 
 def choose_micro_batch(model, device, per_rank):
     """Sequences a forward pass: the largest divisor of per_rank that fits. Bytes a token as measured on an H100."""
-    most = 512 // model.seq  # on a CPU larger ones are no faster
+    most = torch.tensor(512 // model.seq, device=device)  # on a CPU larger ones are no faster
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0] - 24 * sum(p.numel() for p in model.parameters())
-        most = free // (model.seq * (24 * len(model.blocks) * model.wpe.weight.size(1) + 10 * model.n_vocab))
+        most += free // (model.seq * (24 * len(model.blocks) * model.wpe.weight.size(1) + 10 * model.n_vocab))
+    if dist.is_initialized():
+        dist.all_reduce(most, dist.ReduceOp.MIN)
     return max(m for m in range(1, per_rank + 1) if per_rank % m == 0 and m <= max(most, 1))
 
 
@@ -581,7 +583,7 @@ def train(args):
             yield *get_batch(shards, range(i, i + size), seq, device, args.seed, step), step * batch + i
 
     interrupted = []  # subtle: a step is finished first, and all ranks leave after the same one
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     seconds, saved_at = deque(maxlen=20), time.perf_counter()
     for step in (bar := tqdm(range(first, steps), "train", steps, initial=first, disable=args.quiet or rank > 0)):
         start = time.perf_counter()
