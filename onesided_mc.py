@@ -230,7 +230,7 @@ def fit(stats, rank, fit_rank=None, estimator="likelihood", max_steps=2000):
     while not converged and optimizer.state[W].get("n_iter", 0) < max_steps:
         optimizer.step(closure)
         loss = float(closure())
-        converged, before = before - loss <= 1e-8 * abs(loss) + 1e-12, loss
+        converged, before = before - loss <= 1e-6 * abs(loss) + 1e-12, loss
     noise_variance = (1e-3 + float(log_noise.detach().exp())) * mean_square if likelihood else 0.0
     return model_of(stats, (unit * W).detach() * mean_square**0.5, rank, noise_variance, converged)
 
@@ -841,11 +841,11 @@ def fit_file(args):
     columns, shown = np.array(columns)[keep], np.bincount(row, minlength=len(rows))
     d = len(columns)
     none, alone = ((shown == n).sum() for n in (0, 1))
-    print(f"left out: {(~keep).sum():,} columns with fewer than {args.least} entries (--least), {none:,} rows without any "
-          f"other; {alone:,} rows show one entry, which tells no pair")
+    print(f"left out: {(~keep).sum():,} columns with fewer than {args.least} entries (--least), {none:,} rows without "
+          f"any other; {alone:,} rows show one entry, which tells no pair")
     if not max(3, args.rank or 0, args.fit_rank or 0) <= d <= 10_000:
-        fail(f"{args.file}: {d:,} columns have {args.least} entries or more; want 10,000 at most (filter columns: raise "
-             "--least), 3 at least, and --rank and --fit_rank of them")
+        fail(f"{args.file}: {d:,} columns have {args.least} entries or more; want 10,000 at most (filter columns: "
+             "raise --least), 3 at least, and --rank and --fit_rank of them")
     means = np.bincount(column, value) / np.bincount(column) if args.center == "columns" else None
     blocks = [PairStats(d, means, device=device) for _ in range(5)]
     for numbers, at, x in row_batches(row, column, value):
@@ -868,9 +868,10 @@ def fit_file(args):
                  means=model.means.cpu(), noise_variance=model.noise_variance)
         print(args.out / "model.npz")
     if rank == 0 and args.scores:
-        scores = [(rows[number], *z) for numbers, at, x in row_batches(row, column, value)
-                  for number, z in zip(numbers, model.transform(at, x)[0].tolist())]
-        write_csv(args.scores, ["row", *(f"score {i + 1}" for i in range(r))], scores)
+        scores = np.zeros((len(rows), r))
+        for numbers, at, x in row_batches(row, column, value):
+            scores[numbers] = model.transform(at, x)[0].cpu()
+        write_csv(args.scores, ["row", *(f"score {i + 1}" for i in range(r))], [(i, *z) for i, z in zip(rows, scores)])
     table = []
     for i, q in enumerate(Q.T):
         largest = ", ".join(f"{columns[j]} {q[j]:+.2f}" for j in np.abs(q).argsort()[:-5:-1])
