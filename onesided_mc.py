@@ -184,7 +184,7 @@ def check_columns(counts, names):
     while (more := counts[reached].sum(0) > 0).sum() > reached.sum():  # whatever a row shows beside one that is reached
         reached = more
     if not reached.all():
-        raise ValueError(f"no row links column {names[int(reached.int().argmin())]} and {int((~reached).sum()) - 1} "
+        raise ValueError(f"no row links column {str(names[int(reached.int().argmin())])!r} and {int((~reached).sum()) - 1} "
                          f"more of {len(names)} to the others: leave them out")
 
 
@@ -648,7 +648,8 @@ def low_rank_rows(V, m, k, seed, noise_sd=0.0, rank=0, world=1):
     chunks, this rank's share. A chunk depends on seed and its number alone: any number of ranks makes the same rows."""
     (d, r), size = V.shape, max(1024, 2**22 // len(V))
     for chunk in range(rank, -(-m // size), world):
-        n, generator = min(size, m - chunk * size), torch.Generator(V.device).manual_seed((seed + 1) * 2**32 + chunk)
+        of_chunk = int(np.random.default_rng((seed, chunk)).integers(2**31))  # subtle: torch takes 32 bits of a seed
+        n, generator = min(size, m - chunk * size), torch.Generator(V.device).manual_seed(of_chunk)
         u, noise = (torch.randn(n, width, device=V.device, generator=generator) for width in (r, k))
         columns = torch.rand(n, d, device=V.device, generator=generator).topk(k, 1).indices  # k different ones, uniform
         yield u, columns, (V[columns] @ u[..., None])[..., 0] + noise_sd * noise
