@@ -46,14 +46,14 @@ Measured (one core of a CPU, torch 2.13; row-space error, 0 to 2r; mean of seeds
 `genome` as it comes (Balding–Nichols, 3 × 20 people, 94,355 sites, 5 seen a site): direct SVD .055, pairwise mean
 .039, paper, V of 3, which held-out sites choose, .026, likelihood, V of 60, .034. `impossible` (r = 5, k = 2, a million
 rows): error .0014 of 10, and .606 of the variance of unseen entries is missed, with the true V too. Ratings like
-people's, a fifth hidden (tests, `-k ratings -s`): RMSE 1.00 by the film's mean, .950 by biases of film and user, .767 by
-4 components.
+people's, a fifth hidden (tests, `-k ratings -s`): RMSE 1.00 by the film's mean, .950 by biases of film and user, .767
+by 4 components.
 
 What did not hold. "Completing X fails" is true without a good ridge; with one it beats the paper's estimator up to
 50,000 rows. On linked genotypes and endless spectra the paper's V of r columns is worse than the pairwise mean, which
 costs nothing, or no better; V of more columns, cut to r, mends most of it. At R = r the likelihood too is bad off its
-model (genome, k = 12: .413), and where noise drowns the rows (sd 2, or 3,000 rows at sd 1) nothing helps. With R near d,
-σ² goes into V: read residual_variance. Real genomes and MovieLens itself: not measured. GPU: not measured since the
+model (genome, k = 12: .413), and where noise drowns the rows (sd 2, or 3,000 rows at sd 1) nothing helps. With R near
+d, σ² goes into V: read residual_variance. Real genomes and MovieLens itself: not measured. GPU: not measured since the
 sums changed.
 
 Try:

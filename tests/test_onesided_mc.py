@@ -1,4 +1,4 @@
-"""onesided_mc.py: its mathematics by other routes, its claims in miniature, its tasks and readers as people use them."""
+"""onesided_mc.py: its mathematics by other routes, its claims in miniature, its tasks and readers in use."""
 
 import csv
 import gzip
@@ -57,11 +57,10 @@ def test_sums_are_matrix_products():
     torch.testing.assert_close((total - parts[0]).table, sum(parts[2:], parts[1]).table, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("columns, values", [([[0, 1], [0, 3]], [[1, 2], [3, 4]]), ([[0, 1], [2, 2]], [[1, 2], [3, 4]]),
-                                             ([[0, 1], [-2, 1]], [[1, 2], [3, 4]]), ([[0, 1], [1, 2]], [[1, 2], [3, np.inf]])])
-def test_update_names_the_row(columns, values):
+@pytest.mark.parametrize("columns, last", [([0, 3], 4), ([2, 2], 4), ([-2, 1], 4), ([1, 2], np.inf)])
+def test_update_names_the_row(columns, last):
     with pytest.raises(ValueError, match="row 1 "):
-        PairStats(3).update(columns, values)
+        PairStats(3).update([[0, 1], columns], [[1, 2], [3, last]])
 
 
 def test_squared_loss_is_the_papers_row_by_row():
@@ -138,7 +137,7 @@ def test_unseen_pairs_are_filled_in():
 
 
 def test_rowspace_error_is_procrustes():
-    A, B = (torch.linalg.qr(torch.randn(8, 2, generator=torch.Generator().manual_seed(i)).double())[0] for i in range(2))
+    A, B = torch.linalg.qr(torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(0)).double())[0]
     angles = torch.linspace(0, 2 * torch.pi, 20_001).double()
     turns = [torch.stack([torch.stack([angles.cos(), -sign * angles.sin()], 1),
                           torch.stack([angles.sin(), sign * angles.cos()], 1)], 1) for sign in (1, -1)]
@@ -183,7 +182,8 @@ def test_completion_is_a_minimum():
     def loss(V):
         L = V[columns]
         U = torch.linalg.solve(L.mT @ L + 3 * ridge * torch.eye(2), L.mT @ x[..., None])[..., 0]
-        return ((L @ U[..., None])[..., 0] - x).square().mean() + ridge * (U.square().sum() / 200 + V.square().sum() / 8)
+        penalty = ridge * (U.square().sum() / 200 + V.square().sum() / 8)
+        return ((L @ U[..., None])[..., 0] - x).square().mean() + penalty
 
     scale = torch.eye(2).double().requires_grad_()  # the basis is orthonormal: the best factor on it
     optimizer = torch.optim.LBFGS([scale], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
@@ -197,14 +197,15 @@ def test_completion_is_a_minimum():
 
 
 def test_case_file():
-    """4,000 rows, two entries each: the likelihood is several times nearer than the paper, which beats the baselines."""
+    """4,000 rows, two entries each: the likelihood is nearer than the paper, which beats the spectral baselines."""
     (stats,), truth = two_a_row(4000)
     ours, paper = error(fit(stats, 3), truth), error(fit(stats, 3, estimator="paper"), truth)
     spectral = {name: error(mc.spectral(stats, 3, matrix), truth) for name, matrix in mc.SPECTRAL.items()}
     assert 3 * ours < paper < min(spectral.values()) and spectral["direct SVD"] > 2, (ours, paper, spectral)
     with torch.autocast("cpu", torch.bfloat16):
         assert error(fit(stats, 3), truth) == pytest.approx(ours, abs=1e-6)
-    paper_large, ours_large = (error(fit(two_a_row(16_000)[0][0], 3, estimator=e), truth) for e in ("paper", "likelihood"))
+    (stats,), _ = two_a_row(16_000)
+    paper_large, ours_large = (error(fit(stats, 3, estimator=name), truth) for name in ("paper", "likelihood"))
     assert paper_large < paper / 2 and ours_large < ours / 2  # as one over rows
 
 
@@ -311,28 +312,33 @@ def ratings(users=800, films=120, seed=0):
     return user, film, (2 * (3.5 + bias + taste + rng.normal(0, 0.7, len(user)))).round().clip(1, 10) / 2
 
 
+def bias_model(user, film, value, users=800, films=120, shrink=5):
+    """Biases of films and users in turns, each shrunk as by five ratings without bias."""
+    of_film, of_user, rest = np.zeros(films), np.zeros(users), value - value.mean()
+    for _ in range(20):
+        of_film = np.bincount(film, rest - of_user[user], films) / (np.bincount(film, minlength=films) + shrink)
+        of_user = np.bincount(user, rest - of_film[film], users) / (np.bincount(user, minlength=users) + shrink)
+    return value.mean(), of_film, of_user
+
+
 def test_ratings(tmp_path, monkeypatch, capsys):
     """`fit --center columns --scores`: hidden ratings are predicted better than by biases of film and user."""
-    user, film, value = ratings()
-    hidden = np.random.default_rng(1).random(len(user)) < 0.2
-    write(tmp_path / "r.csv", ["user,film,rating"] + [f"u{u},{f},{v}" for u, f, v in zip(*(x[~hidden] for x in (user, film, value)))])
+    everything = np.array(ratings())
+    hidden = np.random.default_rng(1).random(everything.shape[1]) < 0.2
+    (user, film, value), (test_user, test_film, test_value) = everything[:, ~hidden], everything[:, hidden]
+    user, film, test_user, test_film = (x.astype(int) for x in (user, film, test_user, test_film))
+    write(tmp_path / "r.csv", ["user,film,rating"] + [f"u{u},{f},{v}" for u, f, v in zip(user, film, value)])
     run_here(monkeypatch, tmp_path, "fit", "r.csv", "--center", "columns", "--scores", "s.csv", "--rank", 4, "--quiet")
     with np.load("out/onesided_mc/fit/model.npz") as model, open("s.csv") as file:
         scores = {line[0]: np.array(line[1:], float) for line in list(csv.reader(file))[1:]}
-        column = {label: i for i, label in enumerate(model["columns"])}
-        Q, means = model["components"], model["means"]
-    known = [np.bincount(film[~hidden], value[~hidden] - value[~hidden].mean()), np.zeros(800)]
-    of_film, of_user = np.zeros(120), np.zeros(800)
-    for _ in range(20):
-        rest = value[~hidden] - value[~hidden].mean()
-        of_film = np.bincount(film[~hidden], rest - of_user[user[~hidden]], 120) / (np.bincount(film[~hidden], minlength=120) + 5)
-        of_user = np.bincount(user[~hidden], rest - of_film[film[~hidden]], 800) / (np.bincount(user[~hidden], minlength=800) + 5)
-    at = np.array([column[str(f)] for f in film[hidden]])
-    guesses = dict(film=means[at], biases=value[~hidden].mean() + of_film[film[hidden]] + of_user[user[hidden]],
-                   ours=means[at] + (np.array([scores[f"u{u}"] for u in user[hidden]]) * Q[at]).sum(1))
-    rmse = {name: np.mean((guess - value[hidden]) ** 2) ** 0.5 for name, guess in guesses.items()}
+        at = np.array([list(model["columns"]).index(str(f)) for f in test_film])
+        means, Q = model["means"][at], model["components"][at]
+    mean, of_film, of_user = bias_model(user, film, value)
+    guesses = dict(film=means, biases=mean + of_film[test_film] + of_user[test_user],
+                   ours=means + (np.array([scores[f"u{u}"] for u in test_user]) * Q).sum(1))
+    rmse = {name: round(float(np.mean((guess - test_value) ** 2) ** 0.5), 4) for name, guess in guesses.items()}
     print(rmse)
-    assert rmse["ours"] < 0.97 * rmse["biases"] < 0.95 * rmse["film"] and len(known) == 2, rmse
+    assert rmse["ours"] < 0.9 * rmse["biases"] < 0.9 * rmse["film"], rmse
 
 
 def test_the_left_side_cannot_be_had(tmp_path, monkeypatch, capsys):
@@ -367,15 +373,17 @@ READ = {  # name: (bytes, entries)
     "semicolons": ("\n".join(LONG).replace(",", ";"), SAME),
     "colons": ("\n".join(line.replace(",", "::") for line in LONG[1:]), SAME),
     "quotes": ("\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in LONG), SAME),
-    "first is missing": ("a,y,N/A\n" + "\n".join([*LONG[1:2], *LONG[3:]]), {key: SAME[key] for key in SAME if key != ("a", "y")}),
+    "first is missing": ("1,5,N/A\n1,6,2\n2,5,3", {("1", "6"): 2.0, ("2", "5"): 3.0}),
     "fourth field": ("\n".join(line + ",964982703" for line in LONG), SAME),
-    "comma in a title": ('u,film,stars\n1,"Good, the Bad, the",3\n1,M,4\n2,M,5', {("1", "Good, the Bad, the"): 3.0, ("1", "M"): 4.0,
-                                                                                 ("2", "M"): 5.0}),
-    "ids": (f"r,c,v\n{BIG},x,1\n{2**53},x,2\n{BIG},y,3", {(BIG, "x"): 1.0, (str(2**53), "x"): 2.0, (BIG, "y"): 3.0}),
+    "comma in a title": ('u,film,stars\n1,"Good, the",3\n1,M,4\n2,M,5',
+                         {("1", "Good, the"): 3.0, ("1", "M"): 4.0, ("2", "M"): 5.0}),
+    "ids": (f"r,c,v\n{BIG},x,1\n{2**53},x,2\n{BIG},y,3",
+            {(BIG, "x"): 1.0, (str(2**53), "x"): 2.0, (BIG, "y"): 3.0}),
     "wide": ("id,x,y,z\na,1.5,2,\nb,3,NA,4", SAME),
     "wide, semicolons": ("name;x;y;z\na;1.5;2;.\nb;3;;4\n", SAME),
     "wide, no labels": ("x,y,z\n1,2,\n3,,4", {("1", "x"): 1.0, ("1", "y"): 2.0, ("2", "x"): 3.0, ("2", "z"): 4.0}),
-    "wide, numbered": ("userId,x,y,z\n7,1,2,\n9,3,,4", {("7", "x"): 1.0, ("7", "y"): 2.0, ("9", "x"): 3.0, ("9", "z"): 4.0}),
+    "wide, numbered": ("userId,x,y,z\n7,1,2,\n9,3,,4",
+                       {("7", "x"): 1.0, ("7", "y"): 2.0, ("9", "x"): 3.0, ("9", "z"): 4.0}),
 }
 
 
@@ -387,16 +395,21 @@ def test_files_that_people_have(name, zipped, tmp_path, capsys):
     row, column, value, rows, columns = mc.read_entries(tmp_path / "f")
     assert {(rows[r], columns[c]): v for r, c, v in zip(row, column, value)} == want and (np.diff(row) >= 0).all()
     said = capsys.readouterr().out
-    assert f"{len(want)} entries" in said and ("wide:" in said) == name.startswith("wide")
+    missing = 2 if name.startswith("wide") else int("missing" in name)
+    assert f"{len(want)} entries, {missing} missing" in said and ("wide:" in said) == name.startswith("wide")
 
 
 REFUSED = {  # name: (bytes, words)
-    "npz": (b"PK\x03\x04", "zip archive"), "page": (b"\n<!DOCTYPE html>", "web page"), "utf16": ("a,b".encode("utf-16"), "UTF-16"),
-    "latin": ("é,b,c".encode("latin-1"), "not UTF-8"), "two fields": (b"a,b\nc,d", "2 fields"), "empty": (b"", "0 fields"),
+    "npz": (b"PK\x03\x04", "zip archive"), "page": (b"\n<!DOCTYPE html>", "web page"),
+    "utf16": ("a,b".encode("utf-16"), "UTF-16"), "latin": ("é,b,c".encode("latin-1"), "not UTF-8"),
+    "two fields": (b"a,b\nc,d", "2 fields"), "empty": (b"", "0 fields"),
     "decimal comma": (b"r;c;v\na;x;1,5\na;y;2", "row 'a', column 'x': '1,5' is no number"),
-    "word": (b"a,x,1\na,y,two", "column 'y': 'two' is no number"), "thousands": (b"a,x,1\na,y,1_000", "'1_000' is no number"),
-    "infinite": (b"a,x,1\na,y,inf", "'inf' is no number"), "twice": (b"a,x,1\na,y,1\na,x,2", "column 'x': '2' is there twice"),
-    "ragged": (b"a,x,1\na,B, the,2", "line 2 has 4 fields"), "no names": (b"1,2,3,4,5\n1,2,3,4,5", "no names of columns"),
+    "word": (b"a,x,1\na,y,two", "column 'y': 'two' is no number"),
+    "thousands": (b"a,x,1\na,y,1_000", "'1_000' is no number"),
+    "infinite": (b"a,x,1\na,y,inf", "'inf' is no number"),
+    "twice": (b"a,x,1\na,y,1\na,x,2", "column 'x': '2' is there twice"),
+    "ragged": (b"a,x,1\na,B, the,2", "line 2 has 4 fields"),
+    "no names": (b"1,2,3,4,5\n1,2,3,4,5", "no names of columns"),
     "cut": (gzip.compress(b"a,x,1\n" * 99)[:-9], "cut off")}
 
 
@@ -421,12 +434,14 @@ def test_vcf(tmp_path, capsys):
     text += site("0|0", "0|1", "1|2", alt="G,T") + site("0|0", "0|1", "1|1", ref="AT")
     (tmp_path / "v.gz").write_bytes(gzip.compress(text.encode()))
     samples, (number, x) = mc.read_vcf(tmp_path / "v.gz")
-    assert samples == ["s1", "s2", "s3"] and number == 0 and x.tolist() == [[0, 1, 2], [-1, 1, -1], [1, 2, -1]]
+    assert samples == ["s1", "s2", "s3"] and number == 0
+    assert x.tolist() == [[0, 1, 2], [-1, 1, -1], [1, 2, -1]]
     assert "3 SNPs of two alleles, 2 other sites left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, words", [
-    ("a,b,c\n", "line 1: want the header"), (HEAD, "no SNP"), (HEAD + site("0|0", "0|1"), "line 3: 2 genotypes, 3 samples"),
+    ("a,b,c\n", "line 1: want the header"), (HEAD, "no SNP"),
+    (HEAD + site("0|0", "0|1"), "line 3: 2 genotypes, 3 samples"),
     (HEAD + site("0|0", "0|1", "0|3"), "line 3: b'0|3'"), (HEAD + site("0|0", "0|1", "0 1"), "line 3: b'0 1'"),
     (HEAD + site("9", "8", "7", form="DP"), "line 3: no genotypes"), (HEAD + "1\t9\t.\tA", "line 3: no genotypes")])
 def test_broken_vcf(text, words, tmp_path):
@@ -446,19 +461,22 @@ def vcf_of(path, sites=2600, people=12):
 
 def test_genome_of_a_file(tmp_path, monkeypatch, capsys):
     vcf_of(tmp_path / "v.vcf")
-    write(tmp_path / "p.panel", ["sample\tpop\tsuper_pop\tgender\t\t"] + [f"s{i}\tx\t{'ABC'[i // 4]}\tmale" for i in range(12)])
+    people = [f"s{i}\tx\t{'ABC'[i // 4]}\tmale" for i in range(12)]
+    write(tmp_path / "p.panel", ["sample\tpop\tsuper_pop\tgender\t\t", *people])
     for panel in [], ["--panel", "p.panel"]:
         run_here(monkeypatch, tmp_path, "genome", "--data", "v.vcf", "--k", 6, "--quiet", *panel)
-        lines = Path("out/onesided_mc/genome/people.csv").read_text().splitlines()
-        assert lines[0] == "sample,population,PC1,PC2" and [line.split(",")[0] for line in lines[1:]] == [f"s{i}" for i in range(12)]
-        assert [line.split(",")[1] for line in lines[1:]] == (list("AAAABBBBCCCC") if panel else ["?"] * 12)
-    assert "of 2,600 SNPs" not in capsys.readouterr().out
+        with open("out/onesided_mc/genome/people.csv") as file:
+            header, *lines = csv.reader(file)
+        assert header == ["sample", "population", "PC1", "PC2"]
+        assert [line[0] for line in lines] == [f"s{i}" for i in range(12)]
+        assert [line[1] for line in lines] == (list("AAAABBBBCCCC") if panel else ["?"] * 12)
 
 
 def two_ranks(folder, *args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HOUSE / "onesided_mc.py"]
-    done = subprocess.run([*map(str, command), *map(str, args), "--out", "two"], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*command, str(HOUSE / "onesided_mc.py"), *map(str, args), "--out", "two"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "two" / "results.json").read_text()), done.stdout
 
@@ -476,31 +494,35 @@ def test_two_ranks_are_one(args, tmp_path, monkeypatch, capsys):
     for row, other in zip(one["rows"], two["rows"]):
         assert number(other[1]) == pytest.approx(number(row[1]), rel=0.02, abs=2e-4), row
         assert number(other[2]) == pytest.approx(number(row[2]), rel=0.02, abs=2e-4, nan_ok=True), row
-    assert said.count("2,600 SNPs") == ("genome" in args)
+    assert said.count("2,600 SNPs") == said.count("2,600 sites,") == ("genome" in args)
 
 
 def test_fit_of_a_table(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 2)) @ rng.normal(size=(2, 6)) + 100
-    lines = [",".join("" if rng.random() < 0.4 else f"{v:.6f}" for v in row) + "," * (i >= 5) for i, row in enumerate(x)]
-    write(tmp_path / "t.csv", ["a,b,c,d,e,f,rare"] + [line + ",1" * (i < 5) for i, line in enumerate(lines)])
+    lines = [",".join("" if rng.random() < 0.4 else f"{v:.6f}" for v in row) for row in x]
+    write(tmp_path / "t.csv", ["a,b,c,d,e,f,rare"] + [line + (",1" if i < 5 else ",") for i, line in enumerate(lines)])
     run_here(monkeypatch, tmp_path, "fit", "t.csv", "--center", "columns", "--quiet")
     said = capsys.readouterr().out
     assert "1 columns with fewer than 10 entries" in said and "rank 2 by held-out rows" in said
     with np.load("out/onesided_mc/fit/model.npz") as model:
         truth = torch.from_numpy(np.linalg.svd(x - x.mean(0))[2][:2].T)
-        assert rowspace_error(torch.from_numpy(model["components"]), truth) < 0.01 and model["columns"].tolist() == list("abcdef")
-    done = subprocess.run([sys.executable, HOUSE / "onesided_mc.py", "fit", "no.csv"], cwd=tmp_path, capture_output=True, text=True)
+        assert rowspace_error(torch.from_numpy(model["components"]), truth) < 0.01
+        assert model["columns"].tolist() == list("abcdef")
+    command = [sys.executable, HOUSE / "onesided_mc.py", "fit", "no.csv"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no.csv" in done.stderr
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--k", "1"], "k in 2"), (["--rank", "60"], "--rank 60"), (["--rows", "10"], "100 rows"), (["--rows", "a"], "row_counts"),
-    (["robust", "--rows", "500,600"], "one number of rows"), (["genome", "--fst", "1"], "--fst"), (["--center", "rows"], "--center"),
+    (["--k", "1"], "k in 2"), (["--rank", "60"], "--rank 60"), (["--rows", "10"], "100 rows"),
+    (["--rows", "a"], "row_counts"), (["--center", "rows"], "--center"), (["--device", "tpu"], "tpu"),
+    (["robust", "--rows", "500,600"], "one number of rows"), (["genome", "--fst", "1"], "--fst"),
     (["genome", "--populations", "20", "--people", "10"], "two people"), (["genome", "--k", "70"], "--k 70"),
-    (["genome", "--data", "none.vcf"], "none.vcf"), (["fit"], "file"), (["fit", "parts.csv", "--least", "1"], "no row links column 'z'"),
-    (["fit", "parts.csv"], "0 columns have 10"), (["fit", "zero.csv", "--least", "1", "--rank", "1"], "every value is zero"),
-    (["fit", "parts.csv", "--center", "rows", "--scores", "s"], "--scores goes with"), (["--device", "tpu"], "tpu"),
+    (["genome", "--data", "none.vcf"], "none.vcf"), (["fit"], "file"),
+    (["fit", "parts.csv", "--least", "1"], "no row links column 'z'"), (["fit", "parts.csv"], "0 columns have 10"),
+    (["fit", "zero.csv", "--least", "1", "--rank", "1"], "every value is zero"),
+    (["fit", "parts.csv", "--center", "rows", "--scores", "s"], "--scores goes with"),
     (["fit", "wide.csv", "--least", "1"], "raise --least")])
 def test_mistakes_end_in_one_line(args, words, tmp_path, monkeypatch, capsys):
     write(tmp_path / "parts.csv", ["a,x,1", "a,y,2", "b,z,3", "b,w,4"])
