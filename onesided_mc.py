@@ -52,9 +52,9 @@ by 4 components.
 What did not hold. "Completing X fails" is true without a good ridge; with the best of five it is ahead of the paper's
 estimator at 12,000 rows (elsewhere within the spread of the seeds). On linked genotypes and endless spectra the paper's
 V of r columns is worse than the pairwise mean, which costs nothing; V of more columns, cut to r, mends it. At R = r
-the likelihood too is bad off its model (genome, k = 12: .413). At noise sd 2, and with 3,000 rows at sd 1, it is not clearly
-ahead of the spectral methods. With R near d, σ² goes into V: read residual_variance. Real genomes and MovieLens itself:
-not measured. GPU: not measured since the sums changed.
+the likelihood too is bad off its model (genome, k = 12: .413). At noise sd 2, and with 3,000 rows at sd 1, it is not
+clearly ahead of the spectral methods. With R near d, σ² goes into V: read residual_variance. Real genomes and MovieLens
+itself: not measured. GPU: not measured since the sums changed.
 
 Try:
     --k 4 --rows 12000                       four entries a row: likelihood .0021, paper .0177, best ridge .0092
