@@ -610,9 +610,9 @@ def set_up(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device := torch.device("cuda", device.index or local))
-        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be had here: {error}")
     if world > 1:
