@@ -62,7 +62,7 @@ def consistency(cells):
 
 def bisect(function, target, low, high, steps=60):
     """x in [low, high] with function(x) = target, function increasing; arrays go elementwise."""
-    low, high = np.zeros_like(target, float) + low, np.zeros_like(target, float) + high
+    low, high = np.full_like(target, low, float), np.full_like(target, high, float)
     for _ in range(steps):
         middle = (low + high) / 2
         below = function(middle) < target
@@ -71,11 +71,10 @@ def bisect(function, target, low, high, steps=60):
 
 
 def binomial_tail(k, n, p):
-    """P(X ≥ k) for X ~ Binomial(n, p). k, n: ints; p: float."""
-    j = torch.arange(k, n + 1, dtype=torch.float64)
+    """P(X ≥ k) for X ~ Binomial(n, p). k, n: ints; p: float64 array ()."""
+    j, p = torch.arange(k, n + 1, dtype=torch.float64), torch.as_tensor(p)
     log_choose = math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
-    p = torch.tensor(float(p), dtype=torch.float64)
-    return float((log_choose + torch.special.xlogy(j, p) + torch.special.xlog1py(n - j, -p)).exp().sum())
+    return (log_choose + torch.special.xlogy(j, p) + torch.special.xlog1py(n - j, -p)).exp().sum().numpy()
 
 
 def clopper_pearson(k, n):
@@ -124,28 +123,25 @@ def both_above(h1, h2, rho):
 
 
 def correlation(p1, p2, both):
-    """The ρ at which committees that accept p1 and p2 both accept a share `both` (arrays broadcast); ±1 beyond reach."""
-    h1, h2 = normal_quantile(1 - np.asarray(p1)), normal_quantile(1 - np.asarray(p2))
-    limit = math.pi / 2 - 1e-4
-    return np.sin(bisect(lambda theta: both_above(h1, h2, np.sin(theta)), both + 0 * h1 + 0 * h2, -limit, limit))
+    """The ρ at which committees that accept p1 and p2 both accept the shares `both` (array); ±1 beyond reach."""
+    h1, h2 = normal_quantile(1 - p1), normal_quantile(1 - p2)
+    return bisect(lambda rho: both_above(h1, h2, rho), both, -1 + 1e-9, 1 - 1e-9)
 
 
 def tetrachoric(cells):
     """The latent correlation ρ of counts, 3 or 4 of them: thresholds from the margins, ρ from the share that both accept.
 
     → (ρ, low, high), the 95 % interval by arbitrariness_interval at the same margins. nan: a committee takes all or none.
-    subtle: a table with a zero cell has its ρ at ±1 or nowhere; ½ is added to all of its cells for the estimate.
+    subtle: a table with a zero cell may have its ρ at ±1, the likeliest; its interval says how little that means.
     """
-    both, first, second, neither = counts = np.array(four_cells(cells))
-    n = counts.sum()
+    both, first, second, neither = four_cells(cells)
+    n = both + first + second + neither
     p1, p2 = (both + first) / n, (both + second) / n
     if not 0 < min(p1, p2) <= max(p1, p2) < 1:
         return math.nan, math.nan, math.nan
-    ends = np.array(arbitrariness_interval(round(first + second), round(n - neither)))
-    high, low = correlation(p1, p2, (1 - ends) * (p1 + p2) / 2).tolist()
-    both, first, second, neither = counts + 0.5 * (counts.min() == 0)
-    n = both + first + second + neither
-    return float(correlation((both + first) / n, (both + second) / n, both / n)), low, high
+    low, high = arbitrariness_interval(round(first + second), round(n - neither))
+    shares = np.array([both / n, (1 - high) * (p1 + p2) / 2, (1 - low) * (p1 + p2) / 2])
+    return tuple(correlation(p1, p2, shares).tolist())
 
 
 def polychoric(table):
@@ -153,14 +149,12 @@ def polychoric(table):
     table = np.asarray(table, float)
     tops = [np.clip(np.cumsum(table.sum(axis))[:-1] / table.sum(), 1e-12, 1 - 1e-12) for axis in (1, 0)]
     h1, h2 = (np.concatenate([[40.0], -normal_quantile(top), [-40.0]]) for top in tops)
-    low, high = -0.9999, 0.9999
-    for _ in range(8):  # a grid about the best of the last one
-        grid = np.linspace(low, high, 41)
-        above = both_above(h1[:, None], h2, grid[:, None, None])
-        cells = np.diff(np.diff(above, axis=1), axis=2)  # (41, levels, levels)
-        best = np.argmax((table * np.log(np.maximum(cells, 1e-300))).sum((1, 2)))
-        low, high = grid[max(best - 1, 0)], grid[min(best + 1, 40)]
-    return float(low + high) / 2
+
+    def likelihood(rho):
+        above = both_above(h1[:, None], h2, rho)
+        return (table * np.log(np.maximum(np.diff(np.diff(above, axis=0), axis=1), 1e-300))).sum()
+
+    return float(bisect(lambda rho: likelihood(rho - 1e-5) - likelihood(rho + 1e-5), 0.0, -0.9999, 0.9999, 40))
 
 
 def arbitrariness(p, strength, family="normal"):
@@ -201,12 +195,14 @@ def fit_family(family, p, observed):
 EXACT = 600  # papers or reviewers whose trace is computed unit by unit
 
 
+def same_unit(unit, x):
+    """ZZᵀ·x: each review gets the sum over the reviews of its paper (or reviewer). unit: int64 (reviews,); x: (reviews, columns)."""
+    return torch.zeros(int(unit.max()) + 1, x.shape[1], dtype=x.dtype).index_add_(0, unit, x)[unit]
+
+
 def covariance_times(index, variances, x):
-    """K·x for K = α_f·ZZᵀ + α_b·WWᵀ + σ²·I; Z, W as columns of unit numbers, never as matrices. x: (reviews, columns)."""
-    product = variances[-1] * x
-    for variance, unit in zip(variances, index):
-        product += variance * torch.zeros(int(unit.max()) + 1, x.shape[1], dtype=x.dtype).index_add_(0, unit, x)[unit]
-    return product
+    """K·x for K = α_f·ZZᵀ + α_b·WWᵀ + σ²·I, where Z and W are never written as matrices."""
+    return sum(variance * same_unit(unit, x) for variance, unit in zip(variances, index)) + variances[-1] * x
 
 
 def solve(index, variances, b, tolerance=1e-5):
@@ -235,37 +231,32 @@ def calibrate(index, y, rounds=100, generator=None):
         ∂/∂θᵢ = ½·(tr K⁻¹Vᵢ − vᵀVᵢv)         average information  Iᵢⱼ = ½·vᵀVᵢK⁻¹Vⱼv  (Gilmour, Thompson, Cullis 1995)
 
     Steps I⁻¹·∂ are clipped in the eigenbasis of I: clipped coordinate by coordinate, a step can turn uphill. Traces are exact
-    up to 1,400 reviews, else by random signs (an error far below the standard errors). A variance below 1e-7 of the largest
-    is zero. → dict: variances and se (tensors; se nan at zero), v, converged.
+    up to EXACT units, else by 32 random signs: an error of some 3 % of a standard error. A variance that falls below 1e-4 of
+    the largest is zero. → dict: variances and se (tensors; se nan at zero), v, converged.
     """
-    n, total, eye = len(y), len(index) + 1, torch.eye(len(index) + 1, dtype=y.dtype)
     probes = []  # of each effect, (reviews, columns)
     for unit in index:
         units = int(unit.max()) + 1
         signs = torch.randint(0, 2, (units, 32), generator=generator).to(y) * 2 - 1
         probes.append((torch.eye(units, dtype=y.dtype) if units <= EXACT else signs / math.sqrt(32))[unit])
-    variances, centred = torch.full((total,), float(y.var()) / total, dtype=y.dtype), (y - y.mean())[:, None]
-    converged = False
+    variances, centred = y.var().expand(len(index) + 1) / (len(index) + 1), (y - y.mean())[:, None]
     for _ in range(rounds):
-        parts = [eye[i] * variances for i in range(total)]  # Vᵢ: K with one variance left
         v = solve(index, variances, centred, 1e-10)
         solved = solve(index, variances, torch.cat(probes, 1)).split([z.shape[1] for z in probes], 1)
-        trace = [variance * (z * kz).sum() for variance, z, kz in zip(variances, probes, solved)]
-        trace = torch.stack([*trace, n - sum(trace)])  # Σᵢ Vᵢ = K
-        w = torch.cat([covariance_times(index, part, v) for part in parts], 1)  # Vᵢv
-        gradient, information = (trace - (w * v).sum(0)) / 2, w.T @ solve(index, variances, w) / 2
-        free = (variances > 1e-7 * variances.max()).nonzero()[:, 0]
+        traces = [variance * (z * kz).sum() for variance, z, kz in zip(variances, probes, solved)]
+        traces = torch.stack([*traces, len(y) - sum(traces)])  # Σᵢ Vᵢ = K
+        w = variances * torch.cat([*(same_unit(unit, v) for unit in index), v], 1)  # Vᵢv
+        gradient, information = (traces - (w * v).sum(0)) / 2, w.T @ solve(index, variances, w) / 2
+        free = (variances > 1e-4 * variances.max()).nonzero()[:, 0]
         values, vectors = torch.linalg.eigh(information[free][:, free])
         step = vectors @ ((vectors.T @ gradient[free]) / values).clamp(-1, 1)
-        converged = bool(gradient[free] @ step < 1e-9)
-        if converged or variances[-1] < 1e-4 * variances.max():  # without opinions the likelihood has no maximum
+        converged = bool(gradient[free] @ step < 1e-9) and len(index) in free
+        if converged or len(index) not in free:  # without opinions the likelihood has no maximum
             break
-        variances[free] *= (-step).exp()
-    se = torch.full_like(variances, math.nan)
-    se[free] = variances[free] * (vectors.square() / values).sum(1).sqrt()  # diagonal of I⁻¹
-    zero = variances < 1e-4 * variances.max()
-    variances[zero], se[zero] = 0.0, math.nan
-    return dict(variances=variances, se=se, v=v[:, 0], converged=converged)
+        variances = variances.index_copy(0, free, variances[free] * (-step).exp())
+    found, se = torch.zeros_like(variances), torch.full_like(variances, math.nan)
+    found[free], se[free] = variances[free], variances[free] * (vectors.square() / values).sum(1).sqrt()  # diagonal of I⁻¹
+    return dict(variances=found, se=se, v=v[:, 0], converged=converged)
 
 
 def posterior_draws(index, variances, y, draws, generator):
@@ -284,29 +275,27 @@ def posterior_draws(index, variances, y, draws, generator):
 
 
 def acceptance(index, variances, y, accepted, generator):
-    """P(accept): shares of 1,000 posterior draws in which a paper is among the `accepted` best → two arrays (papers,), float.
+    """P(accept): shares of 1,000 posterior draws in which a paper is among the `accepted` best → (2, papers).
 
     held: the same reviews, mean calibrated score, where only the reviewers' offsets are uncertain. rerun: as many reviews by
-    new reviewers of known offset, whose opinions are new. The float: what is left of an offset's variance, over reviews.
+    new reviewers of known offset, whose opinions are new.
     """
-    paper, k, left = index[0], torch.bincount(index[0]).to(y)[:, None], 0.0
+    paper, k = index[0], torch.bincount(index[0]).to(y)[:, None]
     chances = torch.zeros(2, len(k))
     for _ in range(10):
         quality, *offsets = posterior_draws(index, variances, y, 100, generator)
-        score = y[:, None].expand(-1, 100)
-        for offset, reviewer in zip(offsets, index[1:]):
-            score, left = score - offset[reviewer], left + float(offset.var(1)[reviewer].mean()) / 10
+        score = y[:, None] - sum((offset[reviewer] for offset, reviewer in zip(offsets, index[1:])), torch.zeros(1, 100))
         held = torch.zeros_like(quality).index_add_(0, paper, score) / k
         opinions = torch.randn(quality.shape, dtype=y.dtype, generator=generator)
         for chance, means in zip(chances, (held, quality + (variances[-1] / k).sqrt() * opinions)):
             chance += torch.bincount(means.topk(accepted, 0).indices.flatten(), minlength=len(k)) / 1000
-    return *chances.numpy(), left
+    return chances.numpy()
 
 
 def implied_correlation(quality, offset, opinion, reviews, noise=0.0):
     """Between mean scores of two committees of `reviews` reviewers each: α_f / (α_f + (α_b + σ²)/R + τ²).
 
-    offset: α_b for raw scores, what calibration leaves of it, or 0; noise: τ², what a committee adds after averaging.
+    offset: α_b for raw scores, 0 where calibration knows the offsets; noise: τ², what a committee adds after averaging.
     """
     return quality / (quality + (offset + opinion) / reviews + noise)
 
@@ -328,31 +317,8 @@ def pearson(x, y):
     """Correlation with Fisher's 95 % interval → (r, low, high); nan where there is none."""
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan, math.nan, math.nan
-    z = math.atanh(np.clip(np.corrcoef(x, y)[0, 1], -1 + 1e-15, 1 - 1e-15))
-    return math.tanh(z), math.tanh(z - 1.96 / math.sqrt(len(x) - 3)), math.tanh(z + 1.96 / math.sqrt(len(x) - 3))
-
-
-def split_halves(paper, y, rng):
-    """Each paper's reviews dealt at random into two committees → (2, papers) mean scores; papers of one review are left out."""
-    order, k = np.lexsort((rng.random(len(y)), paper)), np.bincount(paper)
-    place = np.arange(len(y)) - np.repeat(np.cumsum(k) - k, k)  # of each review in its paper
-    first = place < np.repeat((k + rng.integers(2, size=len(k))) // 2, k)  # the odd review goes to either side
-    sums = np.stack([np.bincount(np.sort(paper), y[order] * side) for side in (first, ~first)])
-    sizes = np.stack([np.bincount(np.sort(paper), side) for side in (first, ~first)])
-    return sums[:, k > 1] / sizes[:, k > 1]
-
-
-def agreement_of_best(splits, rates, rng):
-    """Two committees that accept by mean score alone → rows (best M, arbitrariness, its 95 %, normal model, lots).
-
-    splits: list of (2, papers), averaged over. The interval is arbitrariness_interval's, on the mean counts; the normal model
-    has the correlation of the scores themselves.
-    """
-    n, r = splits[0].shape[1], np.mean([pearson(*pair)[0] for pair in splits])
-    sizes = np.unique([min(max(round(rate * n), 1), n - 1) for rate in rates])
-    both = np.mean([shared(*pair, sizes, rng) for pair in splits], 0)
-    return [(f"best {m} of {n}", float(1 - b / m), arbitrariness_interval(round(2 * (m - b)), round(2 * m - b)),
-             float(arbitrariness(m / n, r)), 1 - m / n) for m, b in zip(sizes.tolist(), both)]
+    z, half = np.arctanh(np.corrcoef(x, y)[0, 1].clip(-1, 1)), 1.96 / math.sqrt(len(x) - 3)
+    return tuple(np.tanh([z, z - half, z + half]).tolist())
 
 # ==================================================================================== the same in every file
 
@@ -489,8 +455,6 @@ def read_columns(path, rows, args, needed):
     for line, cells in rows:
         if len(cells) != len(header):
             fail(f"{path}, row {line}: {len(cells)} cells, but the header has {len(header)}")
-        if any(not cells[i] for name in ("paper", "reviewer") for i in taken.get(name, ())):
-            fail(f"{path}, row {line}: no name of the paper or the reviewer; fill it in or leave the row out")
     shown = taken | {"not used": set(range(len(header))) - set(sum(taken.values(), []))}
     print(f"{path}: {len(rows) - 1} rows;", "; ".join(f"{name}: {', '.join(header[i] for i in shown[name])}" for name in shown))
     return [(line, {name: [cells[i] for i in found] for name, found in taken.items()}) for line, cells in rows[1:]]
@@ -524,7 +488,7 @@ def numbered(labels):
 def read_reviews(path, args):
     """One row a review, or one row a paper with its scores in several columns or in a list "[5, 6, 8]".
 
-    → paper, reviewer (None where the file has none), committee, score, one entry a review; {(paper, committee): level}.
+    → paper, reviewer (empty where the file has none), committee, score, one entry a review; {(paper, committee): level}.
     """
     records = read_columns(path, read_rows(path), args, ("paper", "score"))
     levels = [None] * len(records)
@@ -538,6 +502,10 @@ def read_reviews(path, args):
         if texts[0].startswith("["):
             texts = re.findall(r"[^\s,\[\]'\"]+", texts[0])
         scores = [number(text, f"{path}, row {line}") for text in texts if text]
+        if not paper and len(scores) > 1:
+            paper = f"row {line}"
+        if not paper or record.get("reviewer") == [""]:
+            fail(f"{path}, row {line}: no name of the paper or of the reviewer; fill it in or leave the row out")
         unscored += not scores
         if scores and level is not None and decided.setdefault((paper, committee), level) != level:
             fail(f"{path}, row {line}: a row above has another decision on {paper!r}")
@@ -549,7 +517,7 @@ def read_reviews(path, args):
     if not reviews:
         fail(f"{path} has no scores")
     (paper, reviewer), (committee, score, *_) = zip(*reviews), zip(*reviews.values())
-    return paper, reviewer if "reviewer" in records[0][1] else None, committee, np.array(score), decided
+    return paper, reviewer if "reviewer" in records[0][1] else (), committee, np.array(score), decided
 
 
 def two_committees(path, rows):
@@ -586,14 +554,11 @@ def read_levels(path, args):
         return [list(LEVELS)[i] for i in used], square[np.ix_(used, used)]
     labels = [f"level {i + 1}" for i in range(len(rows))]
     if re.search("[a-z]", rows[0][1][-1], re.IGNORECASE):
-        labels, names = [cell for cell in rows[0][1] if cell], [cells[0] for _, cells in rows[1:]]
-        rows = [(line, cells[1:]) for line, cells in rows[1:]]
-        if labels[-len(names):] != names:
-            fail(f"{path}: the header has the labels {labels} and the rows {names}; they must be the same, in the same order")
-        labels = names
-    for line, cells in rows:
-        if len(cells) != len(rows):
-            fail(f"{path}, row {line}: {len(cells)} counts in a table of {len(rows)} rows; it must be square")
+        header, labels, rows = rows[0][1], [cells[0] for _, cells in rows[1:]], [(line, cells[1:]) for line, cells in rows[1:]]
+        if header[-len(labels) :] != labels:
+            fail(f"{path}: the header has the labels {header} and the rows {labels}; they must be the same, in the same order")
+    if any(len(cells) != len(rows) for _, cells in rows):
+        fail(f"{path}: {len(rows)} rows of counts, but {[len(cells) for _, cells in rows]} counts in them; it must be square")
     return labels, np.array([[number(cell, f"{path}, row {line}") for cell in cells] for line, cells in rows])
 
 # ==================================================================================== the experiments
@@ -605,47 +570,40 @@ def strengths(cells):
     The others are fitted to the normal one's value there: what the table says of two committees that are equally strict.
     """
     rho, p = tetrachoric(cells)[0], consistency(cells)["acceptance rate"]
-    point = float(arbitrariness(p, rho))
-    return {"normal": rho} | {family: fit_family(family, p, point) for family in FAMILIES[1:]}
+    return {"normal": rho} | {family: fit_family(family, p, float(arbitrariness(p, rho))) for family in FAMILIES[1:]}
 
 
 def summary(cells, rate):
     """{name: figure or (low, high)} of a table of counts; families say what another acceptance rate would do."""
-    n, differ, (rho, low, high) = sum(cells), sum(cells[1:-1]), tetrachoric(cells)
+    n, differ, (rho, *ends) = sum(cells), sum(cells[1:-1]), tetrachoric(cells)
     return {
         "papers": n, **consistency(cells),
         "inconsistency, 95 %": clopper_pearson(differ, n),
         "arbitrariness, 95 %": arbitrariness_interval(differ, n - cells[-1]),
-        "latent correlation ρ (tetrachoric)": rho, "ρ, 95 %": (low, high),
-        **{f"arbitrariness at rate {rate:g}, {family}": float(arbitrariness(rate, x, family)) for family, x in strengths(cells).items()},
-        "the same, normal, 95 %": tuple(float(arbitrariness(rate, x)) for x in (high, low)),
+        "latent correlation ρ": rho, "ρ, 95 %": tuple(ends),
+        **{f"arbitrariness at {rate:g}, {family}": float(arbitrariness(rate, x, family)) for family, x in strengths(cells).items()},
+        f"arbitrariness at {rate:g}, normal, 95 %": tuple(float(arbitrariness(rate, x)) for x in reversed(ends)),
     }
 
 
-def print_figures(header, rows):
-    """print_table, with pairs as intervals."""
-    span = lambda x: f"{x[0]:.3f} to {x[1]:.3f}" if x[0] == x[0] else "undefined"
-    print_table(header, [[span(x) if isinstance(x, tuple) else x for x in row] for row in rows])
-
-
-def report(tables, args, **more):
-    """Named tables of counts: printed summaries, results.json, and a figure of the first one's curves. more: further rows."""
+def report(tables, args, more=()):
+    """Named tables of counts: printed summaries and a figure of the first one's curves → the summaries. more: further rows."""
     if not 0 < args.accept < 1:
         fail(f"--accept {args.accept}: an acceptance rate lies between 0 and 1")
     found = {name: summary(cells, args.accept) for name, cells in tables.items()}
-    rows = {name: [f[name] for f in found.values()] for name in next(iter(found.values()))} | more
-    print_figures(("two committees", *found), [(name, *values) for name, values in rows.items()])
-    save_results(args.out, args, tables=found, cells=tables, **more)
+    span = lambda x: x if not isinstance(x, tuple) else "undefined" if math.isnan(x[0]) else f"{x[0]:.3f} to {x[1]:.3f}"
+    rows = [(key, *(span(f[key]) for f in found.values())) for key in next(iter(found.values()))]
+    print_table(("two committees", *found), [*rows, *more])
 
     def draw(fig):
         ax, rates, (name, cells) = fig.gca(), np.linspace(0.02, 0.98, 97), next(iter(tables.items()))
-        for (family, x), style in zip(strengths(cells).items(), ("-", "-.", ":", "--")):
-            ax.plot(rates, arbitrariness(rates, x, family), style, label=f"{family}, through {name}")
-        ax.fill_between(rates, *(arbitrariness(rates, x) for x in found[name]["ρ, 95 %"]), alpha=0.18, label="normal, 95 %")
-        ax.plot(rates, 1 - rates, color="grey", lw=1, label="lots")
-        for (label, f), marker in zip(found.items(), "os^Dv"):
+        for family, x in strengths(cells).items():
+            ax.plot(rates, arbitrariness(rates, x, family), label=f"{family}, through {name}")
+        ax.fill_between(rates, *(arbitrariness(rates, x) for x in found[name]["ρ, 95 %"]), alpha=0.2, label="normal, 95 %")
+        for label, f in found.items():
             a, ends = f["arbitrariness"], np.array(f["arbitrariness, 95 %"])
-            ax.errorbar(f["acceptance rate"], a, abs(ends[:, None] - a), fmt=marker, color="black", capsize=3, label=label)
+            ax.errorbar(f["acceptance rate"], a, abs(ends[:, None] - a), fmt="o", capsize=3, label=label)
+        ax.plot([0, 1], [1, 0], color="grey", label="lots")
         ax.set(xlabel="acceptance rate", ylabel="arbitrariness: accepted papers that a rerun rejects", xlim=(0, 1), ylim=(0, 1))
         ax.legend(fontsize=8)
 
@@ -655,17 +613,16 @@ def report(tables, args, **more):
 
 def neurips(args):
     """Both NeurIPS experiments from their counts: every summary, exact intervals, other rates; what reviews predict."""
-    found = report(NEURIPS, args)["2014"]
-    quality, offset, opinion = FIT_2014
-    raw, known = (implied_correlation(quality, x, opinion, 3) for x in (offset, 0))
-    print(f"\n2014's review model implies ρ {raw:.3f} (raw scores) to {known:.3f} (offsets known) for means of three reviews.")
-    print("What committees must add to show the ρ of their decisions, and what a fourth review is then worth at rate 0.23:")
-    rows = []
-    for name, rho in zip(("estimate", "low end", "high end"), (found["latent correlation ρ (tetrachoric)"], *found["ρ, 95 %"])):
+    found, (quality, offset, opinion), gains = report(NEURIPS, args), FIT_2014, []
+    for rho in (found["2014"]["latent correlation ρ"], *found["2014"]["ρ, 95 %"]):
         noise = max(quality / rho - quality - opinion / 3, 0.0)  # solves implied_correlation(…, noise) = ρ
-        three, four = (float(arbitrariness(0.23, implied_correlation(quality, 0, opinion, r, noise))) for r in (3, 4))
-        rows.append((name, rho, noise, three, four, three - four))
-    print_table(("2014", "ρ", "noise variance", "arbitrariness, 3 reviews", "4 reviews", "gain"), rows)
+        three, four = (arbitrariness(0.23, implied_correlation(quality, 0, opinion, reviews, noise)) for reviews in (3, 4))
+        gains.append((rho, noise, float(three - four)))
+    raw, known = (implied_correlation(quality, x, opinion, 3) for x in (offset, 0))
+    print(f"\nMeans of three reviews of 2014's model: ρ {raw:.3f} raw, {known:.3f} with known offsets. To show the ρ of their decisions "
+          "(its low and high end)\ncommittees must add noise; a fourth review at rate 0.23 is then worth:")
+    print_table(("ρ of 2014", "noise variance", "gain in arbitrariness"), gains)
+    save_results(args.out, args, tables=found, cells=NEURIPS, implied=(raw, known), noise=gains)
 
 
 def cells_at(square, accepted):
@@ -681,24 +638,20 @@ def table(args):
     else:
         square = np.array([number(text, f"count {i + 1}") for i, text in enumerate(args.input)])
         size = math.isqrt(len(square))
-        labels = [f"level {i + 1}" for i in range(size)]
-        if size * size == len(square):
-            square = square.reshape(size, size)
-        elif len(square) != 3:
+        if len(square) != 3 and size * size != len(square):
             fail(f"{len(square)} counts: give 3 (both accept, one alone, neither), 4 (both, first alone, second alone, neither), or L×L")
-    gone = [level_of(label) == WITHDRAWN for label in labels]
-    if any(gone) and not all(gone):
-        join = np.eye(len(labels))[:, ~np.array(gone)]
+        labels, square = [f"level {i + 1}" for i in range(size)], square.reshape(size, -1)  # 3 counts: (1, 3)
+    gone = np.array([level_of(label) == WITHDRAWN for label in labels])
+    if gone.any() and not gone.all():
+        join = np.eye(len(labels))[:, ~gone]
         join[gone, -1] = args.withdrawn == "reject"  # they join the last other level, or none
         labels, square = [label for label, out in zip(labels, gone) if not out], join.T @ square @ join
-    if len(square) < 2 or square.sum() == 0 or (square < 0).any() or (square % 1).any():
+    if square.size < 3 or square.sum() == 0 or (square < 0).any() or (square % 1).any():
         fail(f"{square.tolist()} is no table: counts are whole numbers from 0, not all 0, of two levels at least")
-    square = square.astype(int)
-    if square.ndim == 1:
-        report({"your table": square.tolist()}, args)
-        return
     tables = {f"{labels[i - 1]} or better": cells_at(square, i) for i in range(len(labels) - 1, 0, -1)}
-    report(tables, args, **{"exact agreement": [np.trace(square) / square.sum()], "polychoric ρ of all levels": [polychoric(square)]})
+    tables = tables or {"your table": square[0].astype(int).tolist()}
+    more = [("polychoric ρ of all levels", *[polychoric(square)] * len(tables))] if len(labels) > 2 else []
+    save_results(args.out, args, tables=report(tables, args, more), cells=tables, levels=more)
 
 
 def write_csv(path, header, rows):
@@ -710,76 +663,63 @@ def write_csv(path, header, rows):
 def scores(args):
     """From single reviews: three variances, calibrated scores, P(accept), and what they imply for a second committee."""
     papers, reviewers, committees, y, decided = read_reviews(args.file, args)
-    (paper, papers), (reviewer, reviewers) = numbered(papers), numbered(reviewers or ())
-    k, n, load = np.bincount(paper), len(papers), max(np.bincount(reviewer), default=0)
-    if k.max() < 2 or n < 3 or np.ptp(y) == 0 or load == 1:
-        fail(f"{args.file}: {n} papers of at most {k.max()} reviews, {len(reviewers)} reviewers of at most {load}, scores {y.min():g} to "
-             f"{y.max():g}: nothing to tell apart (where each reviewer has one review, leave the reviewers out)")
-    rate = np.mean([level < REJECT for level in decided.values()]) if decided else 0.23
-    rate = rate if args.accept is None else args.accept
-    accepted = round(rate * n)
-    if not 0 < accepted < n:
-        fail(f"an acceptance rate of {rate:g} takes {accepted} of {n} papers; give another --accept")
+    (paper, papers), (reviewer, reviewers) = numbered(papers), numbered(reviewers)
+    k, load = np.bincount(paper), np.bincount(reviewer)
+    if len(k) < 3 or k.max() < 2 or np.ptp(y) == 0 or (reviewers and load.max() < 2):
+        fail(f"{args.file}: fewer than 3 papers, or one score throughout, or no paper with two reviews, or no reviewer with two: variances "
+             "cannot be told apart (where each reviewer has one review, leave the reviewers out)")
+    rate = args.accept
+    if rate is None:
+        rate = float(np.mean([level < REJECT for level in decided.values()])) if decided else 0.23
+    accepted = round(rate * len(k))
+    if not 0 < accepted < len(k):
+        fail(f"an acceptance rate of {rate:g} takes {accepted} of {len(k)} papers; give another --accept")
     pairs = two_committees(args.file, zip(paper.tolist(), committees, range(len(y))))
     index, scored = [torch.as_tensor(x) for x in (paper, reviewer) if len(x)], torch.as_tensor(y)
-    generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
     fit = calibrate(index, scored, generator=generator)
-    (quality, *offset, opinion), names = fit["variances"].tolist(), ["quality α_f", "offset α_b", "opinion σ²"]
+    variances = fit["variances"]
+    quality, *offset, opinion = variances.tolist()
     if not fit["converged"] or quality == 0:
-        fail(f"{args.file}: variances {fit['variances'].tolist()}, converged: {fit['converged']}; no ranking follows")
-    print_table((f"{len(y)} reviews, {n} papers, {len(reviewers) or 'unnamed'} reviewers", "variance", "se"),
-                list(zip(names if offset else names[::2], fit["variances"].tolist(), fit["se"].tolist())))
-    held, rerun, left = acceptance(index, fit["variances"], scored, accepted, generator)
-    reviews = 1 / float(np.mean(1 / k))
-    rows = [(name, *(x for r in (reviews, reviews + 1) for rho in [implied_correlation(quality, left_of, opinion, r)]
-                     for x in (rho, float(arbitrariness(rate, rho)))))
-            for name, left_of in (("raw", sum(offset)), ("offsets estimated", left), ("offsets known", 0.0))]
-    print_table((f"a second committee, at rate {rate:.3f}", f"ρ, {reviews:.2f} reviews", "arbitrariness", "ρ, one more", "arbitrariness"), rows)
+        fail(f"{args.file}: variances {variances.tolist()}, converged: {fit['converged']}; no ranking follows")
+    names = ["paper quality α_f", *["reviewer offset α_b" for _ in offset], "opinion σ²"]
+    print_table((f"{len(y)} reviews, {len(k)} papers, {len(reviewers) or 'unnamed'} reviewers", "variance", "se"),
+                list(zip(names, variances.tolist(), fit["se"].tolist())))
+    effect, *offsets = (v * torch.bincount(unit, fit["v"]) for v, unit in zip(variances, index))
+    calibrated = y - offsets[0].numpy()[reviewer] if reviewers else y
+    sizes, rows = [len(side) for pair in pairs for side in pair] or k, []
+    for name, left, x in (("raw", sum(offset), y), ("calibrated; implied: with known offsets", 0.0, calibrated)):
+        rho = implied_correlation(quality, left, opinion, 1 / float(np.mean(1 / np.array(sizes))))
+        means = np.array([[x[side].mean() for side in pair] for pair in pairs]).reshape(-1, 2)
+        rows.append((name, rho, float(arbitrariness(rate, rho)), *pearson(*means.T)))
+    print_table((f"two committees at rate {rate:.3f}, mean scores", "implied ρ", "arbitrariness", "observed ρ", "low", "high"), rows)
+    held, rerun = acceptance(index, variances, scored, accepted, generator)
     grey = [int(((x > 0.1) & (x < 0.9)).sum()) for x in (held, rerun)]
-    print(f"P(accept) of {accepted} papers between 0.1 and 0.9: {grey[0]} papers with the same reviews, {grey[1]} with new ones")
-    found = dict(variances=fit["variances"], se=fit["se"], rate=rate, implied=rows, grey_zone=grey)
-    effect, *offsets = (v * torch.bincount(unit, fit["v"]) for v, unit in zip(fit["variances"], index))
-    calibrated = y
+    print(f"P(accept), best {accepted}: between 0.1 and 0.9 for {grey[0]} papers with the same reviews, {grey[1]} with new reviewers")
+    means = [np.bincount(paper, x) / k for x in (calibrated, y)]
+    write_csv(args.out / "papers.csv", "paper reviews calibrated_mean mean effect p_accept p_accept_rerun", sorted(
+        zip(papers, k, *means, effect.tolist(), held, rerun), key=lambda row: -row[2]))
     if reviewers:
-        offsets = offsets[0].numpy().round(4)
-        calibrated = y - offsets[reviewer]
-        write_csv(args.out / "reviewers.csv", "reviewer reviews offset", zip(reviewers, np.bincount(reviewer), offsets))
-    splits, title = [split_halves(paper, y, rng) for _ in range(20)], "halves of each paper's reviews"
-    if pairs:
-        raw, splits = (np.array([[x[ids].mean() for ids in pair] for pair in pairs]).T for x in (y, calibrated))
-        found["committees"] = [("raw", *pearson(*raw)), ("calibrated", *pearson(*splits))]
-        print_table(("correlation of two committees' mean scores", "r", "low", "high"), found["committees"])
-        splits, title = [splits] * 20, "two committees, calibrated"  # ties are broken anew each time
-    best = agreement_of_best(splits, (0.05, 0.1, 0.2, 0.3, 0.5, rate), rng)
-    print_figures((title, "arbitrariness", "95 %", "normal", "lots"), best)
-    columns = [np.bincount(paper, y) / k, np.bincount(paper, calibrated) / k, effect.numpy(), held, rerun]
-    order = np.argsort(-columns[1], kind="stable")
-    write_csv(args.out / "papers.csv", "paper reviews mean calibrated_mean effect p_accept p_accept_rerun",
-              [(papers[i], k[i], *(round(float(column[i]), 4) for column in columns)) for i in order])
-    save_results(args.out, args, **found, best=best)
+        write_csv(args.out / "reviewers.csv", "reviewer reviews offset", zip(reviewers, load, offsets[0].tolist()))
+    save_results(args.out, args, variances=variances, se=fit["se"], rate=rate, committees=rows, grey_zone=grey)
 
 
 def simulate(args):
-    """Conferences of known variances: how much two committees' lists share, by rate and panel, beside the closed form."""
+    """A conference of known variances: how much two committees' lists differ, by rate and panel, beside the closed form."""
     quality, offset, opinion = args.variances
-    rates = np.arange(1, 11) / 20 if args.accept is None else np.array([args.accept])
+    rates = np.array([0.05, 0.1, 0.2, 0.3, 0.5] if args.accept is None else [args.accept])
     lists = (rates * args.papers).round().astype(int)
-    if min(args.variances) < 0 or quality * (offset + opinion) == 0 or lists.min() < 1 or lists.max() >= args.papers:
-        fail(f"variances {args.variances} and lists of {lists.tolist()} of {args.papers} papers: none may be zero or all")
-    both = np.zeros((args.reviewers, len(rates)))
-    for replicate in range(args.replicates):
-        rng = np.random.default_rng((args.seed, replicate))
-        paper, noise = math.sqrt(quality) * rng.standard_normal(args.papers), rng.standard_normal((2, args.papers))
-        reviews = math.sqrt(offset + opinion) * rng.standard_normal((2, args.reviewers, args.papers))
-        for i in range(args.reviewers):  # a panel of R is the first R reviewers of its committee
-            first, second = paper + reviews[:, : i + 1].mean(1) + math.sqrt(args.noise) * noise
-            both[i] += shared(first, second, lists, rng) / args.replicates
-    exact = [arbitrariness(rates, implied_correlation(quality, offset, opinion, i + 1, args.noise)) for i in range(args.reviewers)]
-    print("arbitrariness of simulated committees (closed form)")
-    print_table(("rate", *(f"{i + 1} reviews" for i in range(args.reviewers))), [
-        (f"{rate:.3f}", *(f"{1 - both[i, j] / lists[j]:.3f} ({exact[i][j]:.3f})" for i in range(args.reviewers)))
-        for j, rate in enumerate(rates)])
-    save_results(args.out, args, rates=rates, arbitrariness=1 - both / lists, closed_form=np.array(exact))
+    if lists.min() < 1 or lists.max() >= args.papers or min(quality, offset, opinion) < 0 or quality * (offset + opinion) == 0:
+        fail("--papers, --accept, --variances: some papers must be accepted, some not, and variances be positive")
+    rng, total, rows = np.random.default_rng(args.seed), np.zeros((2, args.papers)), []
+    paper = math.sqrt(quality) * rng.standard_normal(args.papers)
+    for panel in range(1, args.reviewers + 1):
+        total += math.sqrt(offset + opinion) * rng.standard_normal(total.shape)  # one review more
+        seen = 1 - shared(*(paper + total / panel), lists, rng) / lists
+        rho = implied_correlation(quality, offset, opinion, panel)
+        rows.append((f"{panel} reviews", *(f"{a:.3f} ({b:.3f})" for a, b in zip(seen, arbitrariness(rates, rho)))))
+    print_table(("arbitrariness (closed form) at rate", *rates.tolist()), rows)
+    save_results(args.out, args, rates=rates, arbitrariness=rows)
 
 
 ESA = "https://raw.githubusercontent.com/ad-freiburg/esa2018-experiment/d0961f79e73a0e57c4fc6018b645d88957a6cd07/"
@@ -810,9 +750,9 @@ def esa(args):
         np.add.at(square, (first, second), 1)
         tables[f"phase {phase}"] = cells_at(square, 2)  # accept: some +2
         rho.append(polychoric(square))
-        r.append(pearson(x, y))
-    report(tables, args, **{"polychoric ρ of five levels": rho, "correlation of mean scores": [x[0] for x in r],
-                            "its 95 %": [x[1:] for x in r]})
+        r.append(pearson(x, y)[0])
+    more = [("polychoric ρ of five levels", *rho), ("correlation of mean scores", *r)]
+    save_results(args.out, args, tables=report(tables, args, more), cells=tables, scores=more)
 
 
 # ==================================================================================== command line
@@ -832,10 +772,8 @@ def parse_args(argv=None):
                           help="what a phrase means: accept='minor revision' (may be repeated)"),
         "reviewers": dict(type=int, default=6, help="panels of 1 to this many reviewers"),
         "papers": dict(type=int, default=100_000, help="submissions (the reference's 100,000)"),
-        "replicates": dict(type=int, default=3, help="conferences"),
         "variances": dict(type=float, nargs=3, default=(1.0, 0.0, 1.0), metavar=("QUALITY", "OFFSET", "OPINION"),
                           help="of a review's parts (the reference's 50 %% opinion; 2014: 1.278 0.24 1.268)"),
-        "noise": dict(type=float, default=0.0, help="variance that a committee adds after averaging"),
         "data": dict(type=Path, help="a folder with the six files, instead of the download"),
         "seed": dict(type=int, default=0, help="of random numbers"),
         "out": dict(type=Path, help="folder for results and figures (%(default)s)"),
@@ -855,7 +793,7 @@ def parse_args(argv=None):
         "input", nargs="+", help="counts, or one CSV file: square counts, or paper, committee, decision, or paper, decision1, decision2")
     task(scores, "accept withdrawn columns decisions seed out").add_argument(
         "file", help="CSV file with paper, score[, reviewer, committee, decision], or one row a paper with scores in columns 0, 1, …")
-    task(simulate, "accept papers reviewers replicates variances noise seed out")
+    task(simulate, "accept papers reviewers variances seed out")
     task(esa, "accept data out no_plot", accept=0.05)
     argv = sys.argv[1:] if argv is None else argv
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
