@@ -13,17 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-# ==================================================================================== the method: two committees' counts
+# ==================================================================================== the method: counts
 
 # (both accept, first alone, second alone, neither), or (both, one alone, neither) where the split is not public.
 NEURIPS = {
-    "2014": (22, 22, 21, 101),  # arXiv 2109.09774: 166 of the 170 papers; four were withdrawn or rejected without review
+    "2014": (22, 22, 21, 101),  # arXiv 2109.09774: 166 of 170 papers; four were withdrawn or rejected without review
     "2021": (99, 203, 580),  # derived: of 882 papers 23 % differ, and of the accepted 50.6 %; no other counts give both
-    "2021, no withdrawn": (99, 203, 462),  # inferred, not published: some 118 withdrawn papers counted as rejected above
+    "2021, no withdrawn": (99, 203, 462),  # inferred, not published: some 118 withdrawn papers count as rejected above
 }
-FIT_2014 = (1.278, 0.240, 1.268)  # quality, offset, opinion; 2109.09774: variances of about 6,000 reviews, 3 or so a paper
+FIT_2014 = (1.278, 0.240, 1.268)  # quality, offset, opinion: 2109.09774's fit to about 6,000 reviews, 3 or so a paper
 
 
 def four_cells(cells):
@@ -43,7 +42,7 @@ def consistency(cells):
         p1, p2, p = (both + first) / n, (both + second) / n, (2 * both + differ) / (2 * n)
         arbitrary, chance = differ / (2 * both + differ), p1 * (1 - p2) + p2 * (1 - p1)
         directions = (first / (both + first) + second / (both + second)) / 2
-        found = {
+        return {
             "inconsistency": differ / n,
             "acceptance rate": p,
             "arbitrariness": arbitrary,
@@ -57,38 +56,35 @@ def consistency(cells):
             "relative arbitrariness": arbitrary / (1 - p),  # share of the way to lots
             "Cohen's kappa": 1 - differ / n / chance,
         }
-    return {name: float(value) for name, value in found.items()}
 
 
-def bisect(function, target, low, high, steps=60):
+def bisect(function, target, low, high):
     """x in [low, high] with function(x) = target, function increasing; arrays go elementwise."""
     low, high = np.full_like(target, low, float), np.full_like(target, high, float)
-    for _ in range(steps):
+    for _ in range(60):
         middle = (low + high) / 2
         below = function(middle) < target
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return (low + high) / 2
 
 
-def binomial_tail(k, n, p):
-    """P(X ≥ k) for X ~ Binomial(n, p). k, n: ints; p: float64 array ()."""
-    j, p = torch.arange(k, n + 1, dtype=torch.float64), torch.as_tensor(p)
-    log_choose = math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
-    return (log_choose + torch.special.xlogy(j, p) + torch.special.xlog1py(n - j, -p)).exp().sum().numpy()
-
-
 def clopper_pearson(k, n):
-    """Exact interval of a share k/n: P(X ≥ k | low) = P(X ≤ k | high) = 2.5 %. Covers at least 95 %."""
-    low = 0.0 if k == 0 else float(bisect(lambda p: binomial_tail(k, n, p), 0.025, 0, 1))
-    high = 1.0 if k == n else float(bisect(lambda p: binomial_tail(k + 1, n, p), 0.975, 0, 1))
-    return low, high
+    """Exact interval of a share k/n: P(X ≥ k | low) = P(X ≤ k | high) = 2.5 %, X ~ Binomial(n, p). It covers ≥ 95 %."""
+
+    def at_least(k, p):
+        j, p = torch.arange(k, n + 1, dtype=torch.float64), torch.as_tensor(p)
+        log_choose = math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
+        return (log_choose + torch.special.xlogy(j, p) + torch.special.xlog1py(n - j, -p)).exp().sum().numpy()
+
+    low = float(bisect(lambda p: at_least(k, p), 0.025, 0, 1)) if k else 0.0
+    return low, float(bisect(lambda p: at_least(k + 1, p), 0.975, 0, 1)) if k < n else 1.0
 
 
 def arbitrariness_interval(differ, either):
-    """Exact 95 % interval of the arbitrariness, from `differ` of the `either` papers that one committee or both accepted.
+    """Exact 95 % interval of the arbitrariness; committees differ on `differ` of the `either` papers that any accepted.
 
-    A share x of these papers differs, x·either is binomial, and A = x / (2 − x): Clopper and Pearson's ends go through it.
-    subtle: accepts are not independent draws, for both accepts of a paper are one. Papers are. Undefined without accepts.
+    Their number is binomial given `either`. With x = differ/either, A = x / (2 − x), and so are Clopper-Pearson's ends.
+    subtle: accepts are not independent draws, for both accepts of a paper are one. Papers are. nan without accepts.
     """
     return tuple(x / (2 - x) for x in clopper_pearson(differ, either)) if either else (math.nan, math.nan)
 
@@ -96,12 +92,12 @@ def arbitrariness_interval(differ, either):
 # ==================================================================================== the method: latent scores
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
-GRID = np.linspace(-14, 14, 1001)  # sinh(GRID) covers the line, heavy tails too; the trapezoid rule is exact to 1e-12 there
+GRID = np.linspace(-14, 14, 1001)  # sinh(GRID) covers the line with heavy tails; the trapezoid rule is exact to 1e-12
 FAMILIES = ("normal", "t3 opinions", "t3 quality", "beta-binomial")
 
 
 def normal_cdf(x):
-    """Φ, float64. subtle: no further than ±26, so that its square is no denormal number, which would slow what follows."""
+    """Φ, float64. subtle: no further than ±26, so that its square is no denormal number, which is slow."""
     return torch.special.ndtr(torch.as_tensor(x, dtype=torch.float64).clamp(-26, 26)).numpy()
 
 
@@ -114,24 +110,16 @@ def both_above(h1, h2, rho):
 
     B = Φ(−h1)·Φ(−h2) + 1/2π ∫₀^{asin ρ} exp(−(h1² + h2² − 2·h1·h2·sin θ) / (2·cos² θ)) dθ        by Gauss-Legendre
     """
-    h1, h2, rho = np.broadcast_arrays(*(np.asarray(x, float) for x in (h1, h2, rho)))
-    top = np.arcsin(rho)
-    theta = top[..., None] * (NODES + 1) / 2  # (…, nodes)
-    squares, product = (h1 * h1 + h2 * h2)[..., None], (2 * h1 * h2)[..., None]
-    heights = np.exp((product * np.sin(theta) - squares) / (2 * np.cos(theta) ** 2))
-    return normal_cdf(-h1) * normal_cdf(-h2) + top / (4 * np.pi) * (heights * WEIGHTS).sum(-1)
-
-
-def correlation(p1, p2, both):
-    """The ρ at which committees that accept p1 and p2 both accept the shares `both` (array); ±1 beyond reach."""
-    h1, h2 = normal_quantile(1 - p1), normal_quantile(1 - p2)
-    return bisect(lambda rho: both_above(h1, h2, rho), both, -1 + 1e-9, 1 - 1e-9)
+    h1, h2, top = np.asarray(h1)[..., None], np.asarray(h2)[..., None], np.arcsin(rho)
+    theta = np.multiply.outer(top, (NODES + 1) / 2)  # (…, nodes)
+    heights = np.exp((2 * h1 * h2 * np.sin(theta) - h1 * h1 - h2 * h2) / (2 * np.cos(theta) ** 2))
+    return normal_cdf(-h1[..., 0]) * normal_cdf(-h2[..., 0]) + top / (4 * np.pi) * (heights * WEIGHTS).sum(-1)
 
 
 def tetrachoric(cells):
-    """The latent correlation ρ of counts, 3 or 4 of them: thresholds from the margins, ρ from the share that both accept.
+    """The latent correlation ρ of 3 or 4 counts: thresholds from the margins, ρ from the share that both accept.
 
-    → (ρ, low, high), the 95 % interval by arbitrariness_interval at the same margins. nan: a committee takes all or none.
+    → (ρ, low, high), a 95 % interval by arbitrariness_interval at the same margins. nan: a committee takes all or none.
     subtle: a table with a zero cell may have its ρ at ±1, the likeliest; its interval says how little that means.
     """
     both, first, second, neither = four_cells(cells)
@@ -141,11 +129,12 @@ def tetrachoric(cells):
         return math.nan, math.nan, math.nan
     low, high = arbitrariness_interval(round(first + second), round(n - neither))
     shares = np.array([both / n, (1 - high) * (p1 + p2) / 2, (1 - low) * (p1 + p2) / 2])
-    return tuple(correlation(p1, p2, shares).tolist())
+    h1, h2 = normal_quantile(1 - p1), normal_quantile(1 - p2)
+    return tuple(bisect(lambda rho: both_above(h1, h2, rho), shares, -1 + 1e-9, 1 - 1e-9).tolist())
 
 
 def polychoric(table):
-    """ρ of an L×L table of ordered levels, best first: thresholds from the margins, then maximum likelihood in ρ alone."""
+    """ρ of an L×L table of ordered levels, best first: thresholds from the margins, maximum likelihood in ρ."""
     table = np.asarray(table, float)
     tops = [np.clip(np.cumsum(table.sum(axis))[:-1] / table.sum(), 1e-12, 1 - 1e-12) for axis in (1, 0)]
     h1, h2 = (np.concatenate([[40.0], -normal_quantile(top), [-40.0]]) for top in tops)
@@ -154,7 +143,7 @@ def polychoric(table):
         above = both_above(h1[:, None], h2, rho)
         return (table * np.log(np.maximum(np.diff(np.diff(above, axis=0), axis=1), 1e-300))).sum()
 
-    return float(bisect(lambda rho: likelihood(rho - 1e-5) - likelihood(rho + 1e-5), 0.0, -0.9999, 0.9999, 40))
+    return float(bisect(lambda rho: likelihood(rho - 1e-5) - likelihood(rho + 1e-5), 0.0, -0.9999, 0.9999))
 
 
 def arbitrariness(p, strength, family="normal"):
@@ -171,7 +160,7 @@ def arbitrariness(p, strength, family="normal"):
     if family == "beta-binomial":
         return (1 - strength) * (1 - p)  # E[q²] = p² + κ·p·(1 − p)
     s = np.sinh(GRID)
-    density = 1 / (1 + s * s) ** 2 if family == "t3 quality" else np.exp(-s * s / 2)  # t with 3 degrees, scaled to variance 1
+    density = 1 / (1 + s * s) ** 2 if family == "t3 quality" else np.exp(-s * s / 2)  # t3, of variance 1
     weight = density * np.cosh(GRID) / (density * np.cosh(GRID)).sum()
 
     def chances(h):  # q of each quality s, (…, nodes)
@@ -183,10 +172,10 @@ def arbitrariness(p, strength, family="normal"):
 
 
 def fit_family(family, p, observed):
-    """The strength at which `family` has arbitrariness `observed` at rate p; nan where lots explain it (observed ≥ 1 − p)."""
+    """The strength at which `family` has arbitrariness `observed` at rate p; nan where lots explain it (≥ 1 − p)."""
     if not 0 < observed < 1 - p:
         return math.nan
-    return float(bisect(lambda strength: -arbitrariness(p, float(strength), family), -observed, 1e-4, 0.9999, 40))
+    return float(bisect(lambda strength: -arbitrariness(p, float(strength), family), -observed, 1e-4, 0.9999))
 
 
 # ==================================================================================== the method: reviewer calibration
@@ -196,7 +185,7 @@ EXACT = 600  # papers or reviewers whose trace is computed unit by unit
 
 
 def same_unit(unit, x):
-    """ZZᵀ·x: each review gets the sum over the reviews of its paper (or reviewer). unit: int64 (reviews,); x: (reviews, columns)."""
+    """ZZᵀ·x: each review gets the sum over its paper's (or reviewer's) reviews. unit: (reviews,); x: (reviews, columns)."""
     return torch.zeros(int(unit.max()) + 1, x.shape[1], dtype=x.dtype).index_add_(0, unit, x)[unit]
 
 
@@ -206,7 +195,7 @@ def covariance_times(index, variances, x):
 
 
 def solve(index, variances, b, tolerance=1e-5):
-    """K⁻¹·b by conjugate gradients, all columns at once; some 10 to 40 rounds, for K is well conditioned (σ² to σ² + a few α).
+    """K⁻¹·b by conjugate gradients, all columns at once: 10 to 40 rounds, for K's eigenvalues are σ² to σ² + a few α.
 
     subtle: what is left of b is below tolerance·|b|; the error of bᵀ·solve(b), which traces need, is that squared.
     """
@@ -225,14 +214,14 @@ def solve(index, variances, b, tolerance=1e-5):
 def calibrate(index, y, rounds=100, generator=None):
     """Maximum likelihood of y ~ N(μ·1, K): score = μ + f[paper] + b[reviewer] + opinion, μ the mean of all scores.
 
-    index: [paper, reviewer] or [paper], int64 (reviews,), numbered from 0; y: float64 (reviews,). In θ = log(α_f, α_b, σ²),
-    with v = K⁻¹(y − μ) and Vᵢ the part of K that variance i makes:
+    index: [paper, reviewer] or [paper], int64 (reviews,), from 0; y: float64 (reviews,). With θ = log(α_f, α_b, σ²),
+    v = K⁻¹(y − μ) and Vᵢ the part of K that variance i makes:
 
         ∂/∂θᵢ = ½·(tr K⁻¹Vᵢ − vᵀVᵢv)         average information  Iᵢⱼ = ½·vᵀVᵢK⁻¹Vⱼv  (Gilmour, Thompson, Cullis 1995)
 
-    Steps I⁻¹·∂ are clipped in the eigenbasis of I: clipped coordinate by coordinate, a step can turn uphill. Traces are exact
-    up to EXACT units, else by 32 random signs: an error of some 3 % of a standard error. A variance that falls below 1e-4 of
-    the largest is zero. → dict: variances and se (tensors; se nan at zero), v, converged.
+    Steps I⁻¹·∂ are clipped in the eigenbasis of I: clipped coordinate by coordinate, a step can turn uphill. Traces are
+    exact up to EXACT units, else by 32 random signs: an error of a few % of a standard error. A variance that falls below
+    1e-4 of the largest is zero. → variances, their standard errors (nan at zero), v, converged.
     """
     probes = []  # of each effect, (reviews, columns)
     for unit in index:
@@ -250,13 +239,14 @@ def calibrate(index, y, rounds=100, generator=None):
         free = (variances > 1e-4 * variances.max()).nonzero()[:, 0]
         values, vectors = torch.linalg.eigh(information[free][:, free])
         step = vectors @ ((vectors.T @ gradient[free]) / values).clamp(-1, 1)
-        converged = bool(gradient[free] @ step < 1e-9) and len(index) in free
+        converged = bool(gradient[free] @ step < 1e-9)
         if converged or len(index) not in free:  # without opinions the likelihood has no maximum
             break
         variances = variances.index_copy(0, free, variances[free] * (-step).exp())
     found, se = torch.zeros_like(variances), torch.full_like(variances, math.nan)
-    found[free], se[free] = variances[free], variances[free] * (vectors.square() / values).sum(1).sqrt()  # diagonal of I⁻¹
-    return dict(variances=found, se=se, v=v[:, 0], converged=converged)
+    found[free] = variances[free]
+    se[free] = variances[free] * (vectors.square() / values).sum(1).sqrt()  # from the diagonal of I⁻¹
+    return found, se, v[:, 0], converged and len(index) in free
 
 
 def posterior_draws(index, variances, y, draws, generator):
@@ -277,14 +267,14 @@ def posterior_draws(index, variances, y, draws, generator):
 def acceptance(index, variances, y, accepted, generator):
     """P(accept): shares of 1,000 posterior draws in which a paper is among the `accepted` best → (2, papers).
 
-    held: the same reviews, mean calibrated score, where only the reviewers' offsets are uncertain. rerun: as many reviews by
-    new reviewers of known offset, whose opinions are new.
+    held: the same reviews, mean calibrated score, where only the reviewers' offsets are uncertain. rerun: as many reviews
+    by new reviewers of known offset, whose opinions are new.
     """
     paper, k = index[0], torch.bincount(index[0]).to(y)[:, None]
     chances = torch.zeros(2, len(k))
     for _ in range(10):
         quality, *offsets = posterior_draws(index, variances, y, 100, generator)
-        score = y[:, None] - sum((offset[reviewer] for offset, reviewer in zip(offsets, index[1:])), torch.zeros(1, 100))
+        score = y[:, None].expand(-1, 100) - sum(offset[reviewer] for offset, reviewer in zip(offsets, index[1:]))
         held = torch.zeros_like(quality).index_add_(0, paper, score) / k
         opinions = torch.randn(quality.shape, dtype=y.dtype, generator=generator)
         for chance, means in zip(chances, (held, quality + (variances[-1] / k).sqrt() * opinions)):
@@ -304,7 +294,7 @@ def implied_correlation(quality, offset, opinion, reviews, noise=0.0):
 
 
 def shared(first, second, sizes, rng):
-    """How many papers are among the best M by both scores, for each M of sizes. first, second: (papers,). Ties at random."""
+    """How many papers are among the best M by both scores, for each M of sizes; ties at random. Scores: (papers,)."""
     worst = np.zeros(len(first), int)
     for scores in (first, second):
         rank = np.empty(len(scores), int)
@@ -315,14 +305,12 @@ def shared(first, second, sizes, rng):
 
 def pearson(x, y):
     """Correlation with Fisher's 95 % interval → (r, low, high); nan where there is none."""
-    if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    if len(x) < 4 or np.ptp(x) * np.ptp(y) == 0:
         return math.nan, math.nan, math.nan
     z, half = np.arctanh(np.corrcoef(x, y)[0, 1].clip(-1, 1)), 1.96 / math.sqrt(len(x) - 3)
     return tuple(np.tanh([z, z - half, z + half]).tolist())
 
 # ==================================================================================== the same in every file
-
-CACHE = Path(os.environ.get("NANOPAPERS_CACHE", "~/.cache/nanopapers")).expanduser()
 
 
 def fail(message):
@@ -343,22 +331,6 @@ def run(args):
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-
-
-def download(url, sha256=None):
-    """Fetch a file once → its path in the cache. Under torchrun rank 0 does, others wait. OSError: not to be had."""
-    path = CACHE / url.split("://")[1]
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), sha256)  # to another name first; sha256: its first digits
-        except Exception as error:  # whatever it was, the file is not there
-            print(f"{url}: {error}", file=sys.stderr)
-    if dist.is_initialized():
-        dist.barrier()
-    if not path.exists():
-        raise OSError(f"no {path}: fetch {url} by other means and put it there")
-    return path
 
 
 def save_results(folder, args, **figures):
@@ -417,8 +389,9 @@ def read_rows(path):
         try:
             text = file.read()
             delimiter = max(",;\t", key=text.partition("\n")[0].count)
-            reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)  # lines end at CR and LF alone
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+            file = io.StringIO(text, newline="")  # lines end at CR and LF alone
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if "".join(row).strip()]
         except UnicodeDecodeError:
             fail(f"{path} is not UTF-8 text: save it as CSV UTF-8")
         except csv.Error as error:
@@ -429,66 +402,61 @@ def read_rows(path):
 def number(text, where):
     """A number, alone or before a colon, as in "6: marginally above the threshold"."""
     match = re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+))\s*(?::.*)?", text, re.DOTALL)
-    return float(match[1]) if match else fail(f"{where}: '{text}' is not a number (with a point; what is missing stays blank)")
+    return float(match[1]) if match else fail(f"{where}: '{text}' is not a number (5.5; what is missing stays blank)")
 
 
 def mapping(pairs, flag, allowed):
-    """["score=rating", …] → {"score": ["rating"], …}, names checked."""
-    found = {name: [] for name in allowed}
+    """["score=rating", …] → {"rating": "score", …}, names checked."""
+    found = {}
     for name, equal, text in (pair.partition("=") for pair in pairs):
-        if name not in found or not equal:
+        if name not in allowed or not equal:
             fail(f"{flag} {name}{equal}{text}: give NAME=TEXT with a name of {', '.join(allowed)}")
-        found[name].append(text.lower())
+        found[text.lower()] = name
     return found
 
 
 def read_columns(path, rows, args, needed):
-    """Rows under a header → [(line, {name: list of cells})]. Prints which column was taken as what, and which as nothing."""
-    header, named, taken = [cell.lower() for cell in rows[0][1]], mapping(args.columns, "--columns", COLUMNS), {}
-    for name, pattern in COLUMNS.items():
-        found = [i for i, cell in enumerate(header) if cell in named[name] or not named[name] and re.fullmatch(pattern, cell)]
-        several = len(found) > 1 and not all(header[i][-1:].isdigit() for i in found)
-        if several or not found and (name in needed or named[name]):
+    """Rows under a header → [(line, {name: list of cells})]. Prints which column was taken as what."""
+    named, taken, header = mapping(args.columns, "--columns", COLUMNS), {}, rows[0][1]
+    free = {name: pattern for name, pattern in COLUMNS.items() if name not in named.values()}
+    for i, cell in enumerate(header):
+        fitting = [name for name, pattern in free.items() if re.fullmatch(pattern, cell, re.IGNORECASE)] or ["not used"]
+        taken.setdefault(named.get(cell.lower(), fitting[0]), []).append(i)
+    shown = (f"{name}: {', '.join(header[i] for i in found)}" for name, found in taken.items())
+    print(f"{path}: {len(rows) - 1} rows;", "; ".join(shown))
+    taken.pop("not used", None)
+    for name in {*needed, *named.values(), *taken}:
+        found = taken.get(name, [])
+        if not found or len(found) > 1 and not all(header[i][-1:].isdigit() for i in found):
             fail(f"{path}, row 1: {len(found)} columns '{name}' in {', '.join(header)}: give it as --columns {name}=…")
-        if found:
-            taken[name] = found
     for line, cells in rows:
         if len(cells) != len(header):
             fail(f"{path}, row {line}: {len(cells)} cells, but the header has {len(header)}")
-    shown = taken | {"not used": set(range(len(header))) - set(sum(taken.values(), []))}
-    print(f"{path}: {len(rows) - 1} rows;", "; ".join(f"{name}: {', '.join(header[i] for i in shown[name])}" for name in shown))
     return [(line, {name: [cells[i] for i in found] for name, found in taken.items()}) for line, cells in rows[1:]]
 
 
-def level_of(text, named=None):
-    """A decision → index into LEVELS, or None for a phrase that is not known. named: {level: further phrases}."""
-    phrase = " ".join(re.findall(r"\w+", text.lower()))
-    for i, (level, pattern) in enumerate(LEVELS.items()):
-        if re.fullmatch(pattern, phrase) or named and text.lower() in named[level]:
-            return i
+def level_of(text, named=()):
+    """A decision → index into LEVELS, or None for a phrase that is not known. named: {further phrase: level}."""
+    if text.lower() in named:
+        return list(LEVELS).index(named[text.lower()])
+    phrase = re.sub(r"\W+", " ", text.lower()).strip()
+    return next((i for i, pattern in enumerate(LEVELS.values()) if re.fullmatch(pattern, phrase)), None)
 
 
 def decision_levels(path, texts, args):
     """Decisions → indices into LEVELS. Phrases that are not known are listed and refused."""
-    known = dict.fromkeys(texts)
-    for text in known:
-        known[text] = level_of(text, mapping(args.decisions, "--decisions", LEVELS))
-    if strange := [text for text in known if known[text] is None]:
-        fail(f"{path}: decisions not known here: {strange[:9]}. Say what each is: --decisions 'reject={strange[0]}'")
-    print(f"{sum(known[text] == WITHDRAWN for text in texts)} decisions are withdrawn, unknown or blank: --withdrawn {args.withdrawn}")
-    return [known[text] for text in texts]
-
-
-def numbered(labels):
-    """Labels → (int64 codes in order of appearance, the distinct labels)."""
-    codes = {}
-    return np.array([codes.setdefault(label, len(codes)) for label in labels], int), list(codes)
+    named = mapping(args.decisions, "--decisions", LEVELS)
+    levels = [level_of(text, named) for text in texts]
+    if strange := [text for text, level in zip(texts, levels) if level is None]:
+        fail(f"{path}: decisions not known: {sorted(set(strange))}. Say what each is: --decisions 'reject={strange[0]}'")
+    print(f"{levels.count(WITHDRAWN)} decisions are withdrawn, unknown or blank: --withdrawn {args.withdrawn}")
+    return levels
 
 
 def read_reviews(path, args):
     """One row a review, or one row a paper with its scores in several columns or in a list "[5, 6, 8]".
 
-    → paper, reviewer (empty where the file has none), committee, score, one entry a review; {(paper, committee): level}.
+    → paper, reviewer (empty without names), committee, score, one entry a review; {(paper, committee): level}.
     """
     records = read_columns(path, read_rows(path), args, ("paper", "score"))
     levels = [None] * len(records)
@@ -502,8 +470,7 @@ def read_reviews(path, args):
         if texts[0].startswith("["):
             texts = re.findall(r"[^\s,\[\]'\"]+", texts[0])
         scores = [number(text, f"{path}, row {line}") for text in texts if text]
-        if not paper and len(scores) > 1:
-            paper = f"row {line}"
+        paper = paper or f"row {line}" * (len(scores) > 1)  # a row of several scores is a paper, whatever its name
         if not paper or record.get("reviewer") == [""]:
             fail(f"{path}, row {line}: no name of the paper or of the reviewer; fill it in or leave the row out")
         unscored += not scores
@@ -511,17 +478,18 @@ def read_reviews(path, args):
             fail(f"{path}, row {line}: a row above has another decision on {paper!r}")
         for i, score in enumerate(scores):
             key = paper, record["reviewer"][0] if "reviewer" in record else (line, i)
-            if reviews.setdefault(key, (committee, score, line, i))[2:] != (line, i):
+            if key in reviews:
                 fail(f"{path}, row {line}: {key[1]!r} reviews {key[0]!r} a second time; leave one out")
+            reviews[key] = committee, score
     print(f"{unscored} rows without a score left out; {len(reviews)} reviews read")
     if not reviews:
         fail(f"{path} has no scores")
-    (paper, reviewer), (committee, score, *_) = zip(*reviews), zip(*reviews.values())
+    (paper, reviewer), (committee, score) = zip(*reviews), zip(*reviews.values())
     return paper, reviewer if "reviewer" in records[0][1] else (), committee, np.array(score), decided
 
 
 def two_committees(path, rows):
-    """(paper, committee, value) rows → [(values of the first, values of the second)] of papers that two committees judged."""
+    """(paper, committee, value) rows → [(first's values, second's values)] of the papers that two committees judged."""
     found = {}
     for paper, committee, value in rows:
         found.setdefault(paper, {}).setdefault(committee, []).append(value)
@@ -545,20 +513,21 @@ def read_levels(path, args):
         cells = [(record["paper"][0], *cell) for _, record in records
                  for cell in zip(record.get("committee", "12"), record["decision"])]
         papers, committees, texts = zip(*cells)
-        square = np.zeros((len(LEVELS), len(LEVELS)))
-        for first, second in two_committees(path, zip(papers, committees, decision_levels(path, texts, args))):
-            if len(first) > 1 or len(second) > 1:
-                fail(f"{path}: a committee has two decisions on one paper")
-            square[first[0], second[0]] += 1
-        used = (square.sum(0) + square.sum(1)).nonzero()[0]
-        return [list(LEVELS)[i] for i in used], square[np.ix_(used, used)]
+        pairs = two_committees(path, zip(papers, committees, decision_levels(path, texts, args)))
+        if not pairs or max(len(side) for pair in pairs for side in pair) > 1:
+            fail(f"{path}: no paper has two committees, or one committee has two decisions on a paper")
+        used, levels = np.unique(pairs, return_inverse=True)
+        square = np.zeros((len(used), len(used)))
+        np.add.at(square, tuple(levels.reshape(-1, 2).T), 1)
+        return [list(LEVELS)[i] for i in used], square
     labels = [f"level {i + 1}" for i in range(len(rows))]
     if re.search("[a-z]", rows[0][1][-1], re.IGNORECASE):
-        header, labels, rows = rows[0][1], [cells[0] for _, cells in rows[1:]], [(line, cells[1:]) for line, cells in rows[1:]]
+        header, labels = rows[0][1], [cells[0] for _, cells in rows[1:]]
+        rows = [(line, cells[1:]) for line, cells in rows[1:]]
         if header[-len(labels) :] != labels:
-            fail(f"{path}: the header has the labels {header} and the rows {labels}; they must be the same, in the same order")
+            fail(f"{path}: the header has the labels {header}, the rows {labels}; they must be the same in the same order")
     if any(len(cells) != len(rows) for _, cells in rows):
-        fail(f"{path}: {len(rows)} rows of counts, but {[len(cells) for _, cells in rows]} counts in them; it must be square")
+        fail(f"{path}: {len(rows)} rows with {[len(cells) for _, cells in rows]} counts; a table must be square")
     return labels, np.array([[number(cell, f"{path}, row {line}") for cell in cells] for line, cells in rows])
 
 # ==================================================================================== the experiments
@@ -567,10 +536,10 @@ def read_levels(path, args):
 def strengths(cells):
     """{family: strength} of the latent models that agree with the table at its own rate.
 
-    The others are fitted to the normal one's value there: what the table says of two committees that are equally strict.
+    The others are fitted to the normal one's value there: what the table says of two equally strict committees.
     """
     rho, p = tetrachoric(cells)[0], consistency(cells)["acceptance rate"]
-    return {"normal": rho} | {family: fit_family(family, p, float(arbitrariness(p, rho))) for family in FAMILIES[1:]}
+    return {"normal": rho} | {family: fit_family(family, p, arbitrariness(p, rho)) for family in FAMILIES[1:]}
 
 
 def summary(cells, rate):
@@ -581,13 +550,14 @@ def summary(cells, rate):
         "inconsistency, 95 %": clopper_pearson(differ, n),
         "arbitrariness, 95 %": arbitrariness_interval(differ, n - cells[-1]),
         "latent correlation ρ": rho, "ρ, 95 %": tuple(ends),
-        **{f"arbitrariness at {rate:g}, {family}": float(arbitrariness(rate, x, family)) for family, x in strengths(cells).items()},
-        f"arbitrariness at {rate:g}, normal, 95 %": tuple(float(arbitrariness(rate, x)) for x in reversed(ends)),
+        **{f"arbitrariness at {rate:g}, {family}": arbitrariness(rate, strength, family)
+           for family, strength in strengths(cells).items()},
+        f"arbitrariness at {rate:g}, normal, 95 %": tuple(arbitrariness(rate, x) for x in reversed(ends)),
     }
 
 
 def report(tables, args, more=()):
-    """Named tables of counts: printed summaries and a figure of the first one's curves → the summaries. more: further rows."""
+    """Named tables of counts: printed summaries, a figure of the first one's curves → the summaries. more: further rows."""
     if not 0 < args.accept < 1:
         fail(f"--accept {args.accept}: an acceptance rate lies between 0 and 1")
     found = {name: summary(cells, args.accept) for name, cells in tables.items()}
@@ -599,13 +569,14 @@ def report(tables, args, more=()):
         ax, rates, (name, cells) = fig.gca(), np.linspace(0.02, 0.98, 97), next(iter(tables.items()))
         for family, x in strengths(cells).items():
             ax.plot(rates, arbitrariness(rates, x, family), label=f"{family}, through {name}")
-        ax.fill_between(rates, *(arbitrariness(rates, x) for x in found[name]["ρ, 95 %"]), alpha=0.2, label="normal, 95 %")
+        ends = [arbitrariness(rates, x) for x in found[name]["ρ, 95 %"]]
+        ax.fill_between(rates, *ends, alpha=0.2, label="normal, 95 %")
         for label, f in found.items():
             a, ends = f["arbitrariness"], np.array(f["arbitrariness, 95 %"])
             ax.errorbar(f["acceptance rate"], a, abs(ends[:, None] - a), fmt="o", capsize=3, label=label)
         ax.plot([0, 1], [1, 0], color="grey", label="lots")
-        ax.set(xlabel="acceptance rate", ylabel="arbitrariness: accepted papers that a rerun rejects", xlim=(0, 1), ylim=(0, 1))
-        ax.legend(fontsize=8)
+        ax.set(xlabel="acceptance rate", ylabel="arbitrariness: accepted papers that a rerun rejects", ylim=(0, 1))
+        ax.legend()
 
     figure(args.out / "arbitrariness.png", args, draw)
     return found
@@ -616,13 +587,13 @@ def neurips(args):
     found, (quality, offset, opinion), gains = report(NEURIPS, args), FIT_2014, []
     for rho in (found["2014"]["latent correlation ρ"], *found["2014"]["ρ, 95 %"]):
         noise = max(quality / rho - quality - opinion / 3, 0.0)  # solves implied_correlation(…, noise) = ρ
-        three, four = (arbitrariness(0.23, implied_correlation(quality, 0, opinion, reviews, noise)) for reviews in (3, 4))
-        gains.append((rho, noise, float(three - four)))
+        three, four = (arbitrariness(0.23, implied_correlation(quality, 0, opinion, r, noise)) for r in (3, 4))
+        gains.append((rho, noise, three - four))
     raw, known = (implied_correlation(quality, x, opinion, 3) for x in (offset, 0))
-    print(f"\nMeans of three reviews of 2014's model: ρ {raw:.3f} raw, {known:.3f} with known offsets. To show the ρ of their decisions "
-          "(its low and high end)\ncommittees must add noise; a fourth review at rate 0.23 is then worth:")
+    print(f"\n2014's review model, means of three reviews: ρ {raw:.3f} raw, {known:.3f} with known offsets. To show the ρ of "
+          "decisions\n(its low end, its high end) committees must add noise. What a fourth review is then worth at rate 0.23:")
     print_table(("ρ of 2014", "noise variance", "gain in arbitrariness"), gains)
-    save_results(args.out, args, tables=found, cells=NEURIPS, implied=(raw, known), noise=gains)
+    save_results(args.out, args, tables=found, implied=(raw, known), noise=gains)
 
 
 def cells_at(square, accepted):
@@ -632,26 +603,27 @@ def cells_at(square, accepted):
 
 
 def table(args):
-    """Your own decisions: counts (3, 4, or L×L of ordered levels, best first), or a CSV file of counts or of decisions."""
+    """Your own decisions: counts (3, 4, or L×L of ordered levels, best first), or a file of counts or of decisions."""
     if len(args.input) == 1:
         labels, square = read_levels(args.input[0], args)
     else:
         square = np.array([number(text, f"count {i + 1}") for i, text in enumerate(args.input)])
         size = math.isqrt(len(square))
         if len(square) != 3 and size * size != len(square):
-            fail(f"{len(square)} counts: give 3 (both accept, one alone, neither), 4 (both, first alone, second alone, neither), or L×L")
+            fail(f"{len(square)} counts: give 3 (both accept, one alone, neither), 4 (both, first alone, second alone, "
+                 "neither), or L×L of ordered levels")
         labels, square = [f"level {i + 1}" for i in range(size)], square.reshape(size, -1)  # 3 counts: (1, 3)
-    gone = np.array([level_of(label) == WITHDRAWN for label in labels])
-    if gone.any() and not gone.all():
-        join = np.eye(len(labels))[:, ~gone]
-        join[gone, -1] = args.withdrawn == "reject"  # they join the last other level, or none
-        labels, square = [label for label, out in zip(labels, gone) if not out], join.T @ square @ join
+    if len(labels) > 1 and level_of(labels[-1]) == WITHDRAWN:
+        if args.withdrawn == "reject":  # they join the level above
+            square[-2] += square[-1]
+            square[:, -2] += square[:, -1]
+        labels, square = labels[:-1], square[:-1, :-1]
     if square.size < 3 or square.sum() == 0 or (square < 0).any() or (square % 1).any():
         fail(f"{square.tolist()} is no table: counts are whole numbers from 0, not all 0, of two levels at least")
     tables = {f"{labels[i - 1]} or better": cells_at(square, i) for i in range(len(labels) - 1, 0, -1)}
     tables = tables or {"your table": square[0].astype(int).tolist()}
     more = [("polychoric ρ of all levels", *[polychoric(square)] * len(tables))] if len(labels) > 2 else []
-    save_results(args.out, args, tables=report(tables, args, more), cells=tables, levels=more)
+    save_results(args.out, args, tables=report(tables, args, more), cells=tables)
 
 
 def write_csv(path, header, rows):
@@ -661,78 +633,74 @@ def write_csv(path, header, rows):
 
 
 def scores(args):
-    """From single reviews: three variances, calibrated scores, P(accept), and what they imply for a second committee."""
+    """From single reviews: three variances, calibrated scores, P(accept), what they imply for a second committee."""
     papers, reviewers, committees, y, decided = read_reviews(args.file, args)
-    (paper, papers), (reviewer, reviewers) = numbered(papers), numbered(reviewers)
-    k, load = np.bincount(paper), np.bincount(reviewer)
-    if len(k) < 3 or k.max() < 2 or np.ptp(y) == 0 or (reviewers and load.max() < 2):
-        fail(f"{args.file}: fewer than 3 papers, or one score throughout, or no paper with two reviews, or no reviewer with two: variances "
-             "cannot be told apart (where each reviewer has one review, leave the reviewers out)")
+    (papers, paper, k), (reviewers, reviewer, load) = (np.unique(x, False, True, True) for x in (papers, reviewers))
+    if len(k) < 3 or k.max() < 2 or np.ptp(y) == 0 or max(load, default=2) < 2:
+        fail(f"{args.file}: fewer than 3 papers, or one score throughout, or no paper with two reviews, or no reviewer with "
+             "two: variances cannot be told apart (where each reviewer has one review, leave the reviewers out)")
     rate = args.accept
     if rate is None:
-        rate = float(np.mean([level < REJECT for level in decided.values()])) if decided else 0.23
+        rate = np.mean([level < REJECT for level in decided.values()]) if decided else 0.23
     accepted = round(rate * len(k))
     if not 0 < accepted < len(k):
         fail(f"an acceptance rate of {rate:g} takes {accepted} of {len(k)} papers; give another --accept")
     pairs = two_committees(args.file, zip(paper.tolist(), committees, range(len(y))))
     index, scored = [torch.as_tensor(x) for x in (paper, reviewer) if len(x)], torch.as_tensor(y)
     generator = torch.Generator().manual_seed(args.seed)
-    fit = calibrate(index, scored, generator=generator)
-    variances = fit["variances"]
+    variances, se, v, converged = calibrate(index, scored, generator=generator)
     quality, *offset, opinion = variances.tolist()
-    if not fit["converged"] or quality == 0:
-        fail(f"{args.file}: variances {variances.tolist()}, converged: {fit['converged']}; no ranking follows")
-    names = ["paper quality α_f", *["reviewer offset α_b" for _ in offset], "opinion σ²"]
+    if not converged or quality == 0:
+        fail(f"{args.file}: variances {variances.tolist()}, converged: {converged}; no ranking follows")
+    names = ("paper quality α_f", "reviewer offset α_b", "opinion σ²")
     print_table((f"{len(y)} reviews, {len(k)} papers, {len(reviewers) or 'unnamed'} reviewers", "variance", "se"),
-                list(zip(names, variances.tolist(), fit["se"].tolist())))
-    effect, *offsets = (v * torch.bincount(unit, fit["v"]) for v, unit in zip(variances, index))
-    calibrated = y - offsets[0].numpy()[reviewer] if reviewers else y
+                list(zip(names if offset else names[::2], variances.tolist(), se.tolist())))
+    effect, *offsets = (variance * torch.bincount(unit, v) for variance, unit in zip(variances, index))
+    calibrated = y - offsets[0].numpy()[reviewer] if offsets else y
     sizes, rows = [len(side) for pair in pairs for side in pair] or k, []
     for name, left, x in (("raw", sum(offset), y), ("calibrated; implied: with known offsets", 0.0, calibrated)):
-        rho = implied_correlation(quality, left, opinion, 1 / float(np.mean(1 / np.array(sizes))))
+        rho = implied_correlation(quality, left, opinion, 1 / np.mean(1 / np.array(sizes)))
         means = np.array([[x[side].mean() for side in pair] for pair in pairs]).reshape(-1, 2)
-        rows.append((name, rho, float(arbitrariness(rate, rho)), *pearson(*means.T)))
-    print_table((f"two committees at rate {rate:.3f}, mean scores", "implied ρ", "arbitrariness", "observed ρ", "low", "high"), rows)
+        rows.append((name, rho, arbitrariness(rate, rho), *pearson(*means.T)))
+    header = f"two committees at rate {rate:.3f}, mean scores", "implied ρ", "arbitrariness", "observed ρ", "low", "high"
+    print_table(header, rows)
     held, rerun = acceptance(index, variances, scored, accepted, generator)
     grey = [int(((x > 0.1) & (x < 0.9)).sum()) for x in (held, rerun)]
-    print(f"P(accept), best {accepted}: between 0.1 and 0.9 for {grey[0]} papers with the same reviews, {grey[1]} with new reviewers")
+    print(f"P(accept), best {accepted}: between 0.1 and 0.9 for {grey[0]} papers with the same reviews, {grey[1]} with new ones")
     means = [np.bincount(paper, x) / k for x in (calibrated, y)]
     write_csv(args.out / "papers.csv", "paper reviews calibrated_mean mean effect p_accept p_accept_rerun", sorted(
         zip(papers, k, *means, effect.tolist(), held, rerun), key=lambda row: -row[2]))
-    if reviewers:
+    if offsets:
         write_csv(args.out / "reviewers.csv", "reviewer reviews offset", zip(reviewers, load, offsets[0].tolist()))
-    save_results(args.out, args, variances=variances, se=fit["se"], rate=rate, committees=rows, grey_zone=grey)
+    save_results(args.out, args, variances=variances, se=se, rate=rate, committees=rows, grey_zone=grey)
 
 
 def simulate(args):
-    """A conference of known variances: how much two committees' lists differ, by rate and panel, beside the closed form."""
+    """A conference of known variances: how much two committees' lists differ, by rate and panel; closed form beside."""
     quality, offset, opinion = args.variances
-    rates = np.array([0.05, 0.1, 0.2, 0.3, 0.5] if args.accept is None else [args.accept])
-    lists = (rates * args.papers).round().astype(int)
-    if lists.min() < 1 or lists.max() >= args.papers or min(quality, offset, opinion) < 0 or quality * (offset + opinion) == 0:
-        fail("--papers, --accept, --variances: some papers must be accepted, some not, and variances be positive")
+    if args.papers < 20 or min(args.variances) < 0 or quality * (offset + opinion) == 0:
+        fail("--papers from 20; --variances: not negative, and papers and reviews must vary")
+    rates = np.array([0.05, 0.1, 0.2, 0.3, 0.5])
     rng, total, rows = np.random.default_rng(args.seed), np.zeros((2, args.papers)), []
-    paper = math.sqrt(quality) * rng.standard_normal(args.papers)
+    paper, lists = math.sqrt(quality) * rng.standard_normal(args.papers), (rates * args.papers).round()
     for panel in range(1, args.reviewers + 1):
         total += math.sqrt(offset + opinion) * rng.standard_normal(total.shape)  # one review more
         seen = 1 - shared(*(paper + total / panel), lists, rng) / lists
-        rho = implied_correlation(quality, offset, opinion, panel)
-        rows.append((f"{panel} reviews", *(f"{a:.3f} ({b:.3f})" for a, b in zip(seen, arbitrariness(rates, rho)))))
+        exact = arbitrariness(rates, implied_correlation(quality, offset, opinion, panel))
+        rows.append((f"{panel} reviews", *(f"{a:.3f} ({b:.3f})" for a, b in zip(seen, exact))))
     print_table(("arbitrariness (closed form) at rate", *rates.tolist()), rows)
     save_results(args.out, args, rates=rates, arbitrariness=rows)
-
-
-ESA = "https://raw.githubusercontent.com/ad-freiburg/esa2018-experiment/d0961f79e73a0e57c4fc6018b645d88957a6cd07/"
 
 
 def esa_committee(path):
     """One committee in one phase → (levels, mean scores) of its papers. Cells are score, confidence, up to four times.
 
-    Levels are the organisers': 0 all +2; 1 some +2; 2 some +1; 3 no −2; 4 else. A ±2 of confidence below 3 counts as ±1.
+    Levels are the organisers': 0 all +2; 1 some +2; 2 some +1; 3 no −2; 4 else. A ±2 of confidence below 3 is a ±1.
     """
     levels, means = [], []
     for line, cells in read_rows(path):
-        pairs = [[number(x, f"{path}, row {line}") for x in cells[i : i + 2]] for i in range(0, 8, 2) if cells[i].strip("_")]
+        pairs = [[number(x, f"{path}, row {line}") for x in cells[i : i + 2]]
+                 for i in range(0, 8, 2) if cells[i].strip("_")]
         s = [math.copysign(1, x) if abs(x) == 2 and confidence < 3 else x for x, confidence in pairs]
         levels.append(0 if min(s) == 2 else 1 if max(s) == 2 else 2 if max(s) == 1 else 3 if min(s) > -2 else 4)
         means.append(np.mean([x for x, _ in pairs]))
@@ -740,12 +708,13 @@ def esa_committee(path):
 
 
 def esa(args):
-    """ESA 2018, track B: 51 papers, two whole programme committees, three phases (alone; discussed; voted on)."""
+    """ESA 2018, track B: 51 papers, two whole programme committees, three phases (alone; discussed; voted on).
+
+    The folder holds scores-phase1-pc1.tsv to scores-phase3-pc2.tsv of github.com/ad-freiburg/esa2018-experiment.
+    """
     tables, rho, r = {}, [], []
     for phase in (1, 2, 3):
-        names = [f"scores-phase{phase}-pc{i}.tsv" for i in (1, 2)]
-        files = [args.data / f"esa2018_{name}" if args.data else download(ESA + name) for name in names]
-        (first, x), (second, y) = map(esa_committee, files)
+        (first, x), (second, y) = (esa_committee(args.folder / f"scores-phase{phase}-pc{i}.tsv") for i in (1, 2))
         square = np.zeros((5, 5), int)
         np.add.at(square, (first, second), 1)
         tables[f"phase {phase}"] = cells_at(square, 2)  # accept: some +2
@@ -764,17 +733,16 @@ def parse_args(argv=None):
     parser.error = fail  # one line, exit code 2
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     flags = {
-        "accept": dict(type=float, help="acceptance rate, a share (%(default)s; scores: that of the decisions, else 0.23; "
-                       "simulate: 0.05 to 0.5)"),
-        "withdrawn": dict(choices=("reject", "drop"), default="reject", help="count withdrawn papers as rejects, or leave them out"),
-        "columns": dict(action="append", default=[], metavar="NAME=TEXT", help="the file's name of a column: score=rating (may be repeated)"),
+        "accept": dict(type=float, help="acceptance rate, a share (%(default)s; scores: of the decisions, else 0.23)"),
+        "withdrawn": dict(choices=("reject", "drop"), default="reject", help="withdrawn papers count as rejects or not at all"),
+        "columns": dict(action="append", default=[], metavar="NAME=TEXT",
+                        help="the file's name of a column: score=rating (may be repeated)"),
         "decisions": dict(action="append", default=[], metavar="LEVEL=TEXT",
                           help="what a phrase means: accept='minor revision' (may be repeated)"),
         "reviewers": dict(type=int, default=6, help="panels of 1 to this many reviewers"),
         "papers": dict(type=int, default=100_000, help="submissions (the reference's 100,000)"),
         "variances": dict(type=float, nargs=3, default=(1.0, 0.0, 1.0), metavar=("QUALITY", "OFFSET", "OPINION"),
                           help="of a review's parts (the reference's 50 %% opinion; 2014: 1.278 0.24 1.268)"),
-        "data": dict(type=Path, help="a folder with the six files, instead of the download"),
         "seed": dict(type=int, default=0, help="of random numbers"),
         "out": dict(type=Path, help="folder for results and figures (%(default)s)"),
         "no_plot": dict(action="store_true", help="write no figure"),
@@ -790,11 +758,11 @@ def parse_args(argv=None):
 
     task(neurips, "accept out no_plot", accept=0.05)
     task(table, "accept withdrawn columns decisions out no_plot", accept=0.05).add_argument(
-        "input", nargs="+", help="counts, or one CSV file: square counts, or paper, committee, decision, or paper, decision1, decision2")
+        "input", nargs="+", help="counts, or one file: square counts; paper, committee, decision; paper, decision1, decision2")
     task(scores, "accept withdrawn columns decisions seed out").add_argument(
-        "file", help="CSV file with paper, score[, reviewer, committee, decision], or one row a paper with scores in columns 0, 1, …")
-    task(simulate, "accept papers reviewers variances seed out")
-    task(esa, "accept data out no_plot", accept=0.05)
+        "file", help="columns paper, score[, reviewer, committee, decision]; or one row a paper, scores in columns 0, 1, …")
+    task(simulate, "papers reviewers variances seed out")
+    task(esa, "accept out no_plot", accept=0.05).add_argument("folder", type=Path, help="where the six files are")
     argv = sys.argv[1:] if argv is None else argv
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["neurips", *argv]
