@@ -72,7 +72,7 @@ def clopper_pearson(k, n):
     """Exact interval of a share k/n: P(X ≥ k | low) = P(X ≤ k | high) = 2.5 %, X ~ Binomial(n, p). It covers ≥ 95 %."""
 
     def at_least(k, p):
-        j, p = torch.arange(k, n + 1, dtype=torch.float64), torch.as_tensor(p)
+        j, p = torch.arange(k, n + 1).double(), torch.as_tensor(p)
         log_choose = math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
         return (log_choose + torch.special.xlogy(j, p) + torch.special.xlog1py(n - j, -p)).exp().sum().numpy()
 
@@ -185,7 +185,7 @@ EXACT = 600  # papers or reviewers whose trace is computed unit by unit
 
 
 def same_unit(unit, x):
-    """ZZᵀ·x: each review gets the sum over its paper's (or reviewer's) reviews. unit: (reviews,); x: (reviews, columns)."""
+    """ZZᵀ·x: each review gets the sum over its paper's (or reviewer's) reviews. x: (reviews, columns)."""
     return torch.zeros(int(unit.max()) + 1, x.shape[1], dtype=x.dtype).index_add_(0, unit, x)[unit]
 
 
@@ -219,8 +219,8 @@ def calibrate(index, y, rounds=100, generator=None):
 
         ∂/∂θᵢ = ½·(tr K⁻¹Vᵢ − vᵀVᵢv)         average information  Iᵢⱼ = ½·vᵀVᵢK⁻¹Vⱼv  (Gilmour, Thompson, Cullis 1995)
 
-    Steps I⁻¹·∂ are clipped in the eigenbasis of I: clipped coordinate by coordinate, a step can turn uphill. Traces are
-    exact up to EXACT units, else by 32 random signs: an error of a few % of a standard error. A variance that falls below
+    Steps I⁻¹·∂ are clipped in the eigenbasis of I: clipped by coordinate, a step can turn uphill. Traces are exact
+    up to EXACT units, else by 32 random signs: an error of a few % of a standard error. A variance that falls below
     1e-4 of the largest is zero. → variances, their standard errors (nan at zero), v, converged.
     """
     probes = []  # of each effect, (reviews, columns)
@@ -239,14 +239,14 @@ def calibrate(index, y, rounds=100, generator=None):
         free = (variances > 1e-4 * variances.max()).nonzero()[:, 0]
         values, vectors = torch.linalg.eigh(information[free][:, free])
         step = vectors @ ((vectors.T @ gradient[free]) / values).clamp(-1, 1)
-        converged = bool(gradient[free] @ step < 1e-9)
+        converged = gradient[free] @ step < 1e-9
         if converged or len(index) not in free:  # without opinions the likelihood has no maximum
             break
         variances = variances.index_copy(0, free, variances[free] * (-step).exp())
     found, se = torch.zeros_like(variances), torch.full_like(variances, math.nan)
     found[free] = variances[free]
     se[free] = variances[free] * (vectors.square() / values).sum(1).sqrt()  # from the diagonal of I⁻¹
-    return found, se, v[:, 0], converged and len(index) in free
+    return found, se, v[:, 0], bool(converged) and len(index) in free
 
 
 def posterior_draws(index, variances, y, draws, generator):
@@ -267,8 +267,8 @@ def posterior_draws(index, variances, y, draws, generator):
 def acceptance(index, variances, y, accepted, generator):
     """P(accept): shares of 1,000 posterior draws in which a paper is among the `accepted` best → (2, papers).
 
-    held: the same reviews, mean calibrated score, where only the reviewers' offsets are uncertain. rerun: as many reviews
-    by new reviewers of known offset, whose opinions are new.
+    held: the same reviews, mean calibrated score, where only the offsets are uncertain. rerun: as many reviews by new
+    reviewers of known offset, whose opinions are new.
     """
     paper, k = index[0], torch.bincount(index[0]).to(y)[:, None]
     chances = torch.zeros(2, len(k))
@@ -396,7 +396,7 @@ def read_rows(path):
             fail(f"{path} is not UTF-8 text: save it as CSV UTF-8")
         except csv.Error as error:
             fail(f"{path}, row {reader.line_num}: {error}: is a quote above not closed?")
-    return rows if rows else fail(f"{path} is empty")
+    return rows or fail(f"{path} is empty")
 
 
 def number(text, where):
@@ -448,7 +448,7 @@ def decision_levels(path, texts, args):
     named = mapping(args.decisions, "--decisions", LEVELS)
     levels = [level_of(text, named) for text in texts]
     if strange := [text for text, level in zip(texts, levels) if level is None]:
-        fail(f"{path}: decisions not known: {sorted(set(strange))}. Say what each is: --decisions 'reject={strange[0]}'")
+        fail(f"{path}: unknown decisions {sorted(set(strange))}: say what each is by --decisions 'reject={strange[0]}'")
     print(f"{levels.count(WITHDRAWN)} decisions are withdrawn, unknown or blank: --withdrawn {args.withdrawn}")
     return levels
 
@@ -525,7 +525,7 @@ def read_levels(path, args):
         header, labels = rows[0][1], [cells[0] for _, cells in rows[1:]]
         rows = [(line, cells[1:]) for line, cells in rows[1:]]
         if header[-len(labels) :] != labels:
-            fail(f"{path}: the header has the labels {header}, the rows {labels}; they must be the same in the same order")
+            fail(f"{path}: the header has labels {header}, the rows {labels}; they must be the same in the same order")
     if any(len(cells) != len(rows) for _, cells in rows):
         fail(f"{path}: {len(rows)} rows with {[len(cells) for _, cells in rows]} counts; a table must be square")
     return labels, np.array([[number(cell, f"{path}, row {line}") for cell in cells] for line, cells in rows])
@@ -557,7 +557,7 @@ def summary(cells, rate):
 
 
 def report(tables, args, more=()):
-    """Named tables of counts: printed summaries, a figure of the first one's curves → the summaries. more: further rows."""
+    """Named tables of counts: summaries printed and returned, a figure of the first one. more: further rows."""
     if not 0 < args.accept < 1:
         fail(f"--accept {args.accept}: an acceptance rate lies between 0 and 1")
     found = {name: summary(cells, args.accept) for name, cells in tables.items()}
@@ -569,13 +569,13 @@ def report(tables, args, more=()):
         ax, rates, (name, cells) = fig.gca(), np.linspace(0.02, 0.98, 97), next(iter(tables.items()))
         for family, x in strengths(cells).items():
             ax.plot(rates, arbitrariness(rates, x, family), label=f"{family}, through {name}")
-        ends = [arbitrariness(rates, x) for x in found[name]["ρ, 95 %"]]
-        ax.fill_between(rates, *ends, alpha=0.2, label="normal, 95 %")
+        band = [arbitrariness(rates, x) for x in found[name]["ρ, 95 %"]]
+        ax.fill_between(rates, *band, alpha=0.2)
         for label, f in found.items():
             a, ends = f["arbitrariness"], np.array(f["arbitrariness, 95 %"])
-            ax.errorbar(f["acceptance rate"], a, abs(ends[:, None] - a), fmt="o", capsize=3, label=label)
+            ax.errorbar(f["acceptance rate"], a, abs(ends[:, None] - a), fmt="o", label=label)
         ax.plot([0, 1], [1, 0], color="grey", label="lots")
-        ax.set(xlabel="acceptance rate", ylabel="arbitrariness: accepted papers that a rerun rejects", ylim=(0, 1))
+        ax.set(xlabel="acceptance rate", ylabel="arbitrariness: accepted papers that a rerun rejects")
         ax.legend()
 
     figure(args.out / "arbitrariness.png", args, draw)
@@ -590,8 +590,8 @@ def neurips(args):
         three, four = (arbitrariness(0.23, implied_correlation(quality, 0, opinion, r, noise)) for r in (3, 4))
         gains.append((rho, noise, three - four))
     raw, known = (implied_correlation(quality, x, opinion, 3) for x in (offset, 0))
-    print(f"\n2014's review model, means of three reviews: ρ {raw:.3f} raw, {known:.3f} with known offsets. To show the ρ of "
-          "decisions\n(its low end, its high end) committees must add noise. What a fourth review is then worth at rate 0.23:")
+    print(f"\n2014's review model, means of three reviews: ρ {raw:.3f} raw, {known:.3f} with known offsets. To show "
+          "the ρ of decisions\n(low end, high end) committees must add noise; a fourth review at rate 0.23 is then worth:")
     print_table(("ρ of 2014", "noise variance", "gain in arbitrariness"), gains)
     save_results(args.out, args, tables=found, implied=(raw, known), noise=gains)
 
@@ -637,8 +637,8 @@ def scores(args):
     papers, reviewers, committees, y, decided = read_reviews(args.file, args)
     (papers, paper, k), (reviewers, reviewer, load) = (np.unique(x, False, True, True) for x in (papers, reviewers))
     if len(k) < 3 or k.max() < 2 or np.ptp(y) == 0 or max(load, default=2) < 2:
-        fail(f"{args.file}: fewer than 3 papers, or one score throughout, or no paper with two reviews, or no reviewer with "
-             "two: variances cannot be told apart (where each reviewer has one review, leave the reviewers out)")
+        fail(f"{args.file}: fewer than 3 papers, or one score throughout, or no paper with two reviews, or no reviewer "
+             "with two: variances cannot be told apart (where each reviewer has one review, leave the reviewers out)")
     rate = args.accept
     if rate is None:
         rate = np.mean([level < REJECT for level in decided.values()]) if decided else 0.23
@@ -658,15 +658,14 @@ def scores(args):
     effect, *offsets = (variance * torch.bincount(unit, v) for variance, unit in zip(variances, index))
     calibrated = y - offsets[0].numpy()[reviewer] if offsets else y
     sizes, rows = [len(side) for pair in pairs for side in pair] or k, []
-    for name, left, x in (("raw", sum(offset), y), ("calibrated; implied: with known offsets", 0.0, calibrated)):
+    for name, left, x in (("raw means", sum(offset), y), ("calibrated (implied: offsets known)", 0.0, calibrated)):
         rho = implied_correlation(quality, left, opinion, 1 / np.mean(1 / np.array(sizes)))
         means = np.array([[x[side].mean() for side in pair] for pair in pairs]).reshape(-1, 2)
         rows.append((name, rho, arbitrariness(rate, rho), *pearson(*means.T)))
-    header = f"two committees at rate {rate:.3f}, mean scores", "implied ρ", "arbitrariness", "observed ρ", "low", "high"
-    print_table(header, rows)
+    print_table((f"two committees, rate {rate:.3f}", "implied ρ", "arbitrariness", "observed ρ", "low", "high"), rows)
     held, rerun = acceptance(index, variances, scored, accepted, generator)
     grey = [int(((x > 0.1) & (x < 0.9)).sum()) for x in (held, rerun)]
-    print(f"P(accept), best {accepted}: between 0.1 and 0.9 for {grey[0]} papers with the same reviews, {grey[1]} with new ones")
+    print(f"P(accept), best {accepted}: 0.1 to 0.9 for {grey[0]} papers with the same reviews, {grey[1]} with new ones")
     means = [np.bincount(paper, x) / k for x in (calibrated, y)]
     write_csv(args.out / "papers.csv", "paper reviews calibrated_mean mean effect p_accept p_accept_rerun", sorted(
         zip(papers, k, *means, effect.tolist(), held, rerun), key=lambda row: -row[2]))
@@ -715,7 +714,7 @@ def esa(args):
     tables, rho, r = {}, [], []
     for phase in (1, 2, 3):
         (first, x), (second, y) = (esa_committee(args.folder / f"scores-phase{phase}-pc{i}.tsv") for i in (1, 2))
-        square = np.zeros((5, 5), int)
+        square = np.zeros((5, 5))
         np.add.at(square, (first, second), 1)
         tables[f"phase {phase}"] = cells_at(square, 2)  # accept: some +2
         rho.append(polychoric(square))
@@ -734,7 +733,7 @@ def parse_args(argv=None):
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     flags = {
         "accept": dict(type=float, help="acceptance rate, a share (%(default)s; scores: of the decisions, else 0.23)"),
-        "withdrawn": dict(choices=("reject", "drop"), default="reject", help="withdrawn papers count as rejects or not at all"),
+        "withdrawn": dict(choices=("reject", "drop"), default="reject", help="withdrawn papers: rejects, or left out"),
         "columns": dict(action="append", default=[], metavar="NAME=TEXT",
                         help="the file's name of a column: score=rating (may be repeated)"),
         "decisions": dict(action="append", default=[], metavar="LEVEL=TEXT",
@@ -758,9 +757,9 @@ def parse_args(argv=None):
 
     task(neurips, "accept out no_plot", accept=0.05)
     task(table, "accept withdrawn columns decisions out no_plot", accept=0.05).add_argument(
-        "input", nargs="+", help="counts, or one file: square counts; paper, committee, decision; paper, decision1, decision2")
+        "input", nargs="+", help="counts, or a file: square counts, or paper, committee, decision, or paper, decision1, …")
     task(scores, "accept withdrawn columns decisions seed out").add_argument(
-        "file", help="columns paper, score[, reviewer, committee, decision]; or one row a paper, scores in columns 0, 1, …")
+        "file", help="columns paper, score[, reviewer, committee, decision]; or one row a paper, scores in 0, 1, …")
     task(simulate, "papers reviewers variances seed out")
     task(esa, "accept out no_plot", accept=0.05).add_argument("folder", type=Path, help="where the six files are")
     argv = sys.argv[1:] if argv is None else argv

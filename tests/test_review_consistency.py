@@ -1,6 +1,7 @@
 """review_consistency.py: counts, latent scores, reviewer calibration, simulation, and the tool."""
 
 import csv
+import functools
 import gzip
 import json
 import math
@@ -68,23 +69,23 @@ def test_clopper_pearson():
         assert sum(c for c, (low, high) in zip(chances, intervals) if low <= p <= high) >= 0.95
 
 
-def test_intervals_cover():
+def test_intervals_cover(monkeypatch):
     """Arbitrariness, ρ and the extrapolated arbitrariness, for small and large tables, few and many accepts, uneven committees."""
     assert rc.arbitrariness_interval(43, 65) == pytest.approx((0.3638, 0.6317), abs=5e-5)
     assert rc.arbitrariness_interval(203, 302) == pytest.approx((0.4452, 0.5685), abs=5e-5)
-    rng, draws = np.random.default_rng(0), 400
-    for n, p1, p2, rho in ((166, 0.26, 0.26, 0.55), (882, 0.227, 0.227, 0.557), (60, 0.2, 0.2, 0.6), (40, 0.1, 0.1, 0.9), (100, 0.45, 0.3, 0.3)):
+    monkeypatch.setattr(rc, "clopper_pearson", functools.cache(rc.clopper_pearson))
+    rng, draws = np.random.default_rng(0), 250
+    for n, p1, p2, rho in ((166, 0.26, 0.26, 0.55), (40, 0.1, 0.1, 0.9), (100, 0.45, 0.3, 0.3)):
         both = float(rc.both_above(rc.normal_quantile(1 - p1), rc.normal_quantile(1 - p2), rho))
-        true, covered, defined = 1 - 2 * both / (p1 + p2), np.zeros(3), 0
-        at_5 = float(rc.arbitrariness(0.05, rho))
+        true, at_5 = 1 - 2 * both / (p1 + p2), rc.arbitrariness(0.05, rho)
+        covered = []
         for cells in rng.multinomial(n, [both, p1 - both, p2 - both, 1 - p1 - p2 + both], draws).tolist():
             _, low, high = rc.tetrachoric(cells)
-            if low == low:
-                defined += 1
+            if low == low:  # some tables of 40 papers have a committee that accepts none
                 ends = rc.arbitrariness_interval(cells[1] + cells[2], n - cells[3])
-                far = [float(rc.arbitrariness(0.05, x)) for x in (high, low)]
-                covered += [ends[0] <= true <= ends[1], low <= rho <= high, far[0] - 1e-9 <= at_5 <= far[1] + 1e-9]
-        assert defined > 0.9 * draws and (covered / defined > 0.935).all(), (n, covered / defined)  # 0.95 less 1.4 of its errors
+                far = [rc.arbitrariness(0.05, x) for x in (high, low)]
+                covered.append([ends[0] <= true <= ends[1], low <= rho <= high, far[0] - 1e-9 <= at_5 <= far[1] + 1e-9])
+        assert len(covered) > 0.9 * draws and (np.mean(covered, 0) > 0.925).all(), (n, np.mean(covered, 0))  # 0.95 − 1.8 errors
     x = rng.standard_normal((2000, 2, 12))
     x[:, 1] = 0.6 * x[:, 0] + 0.8 * x[:, 1]
     inside = np.mean([low <= 0.6 <= high for _, low, high in (rc.pearson(*pair) for pair in x)])
@@ -110,8 +111,7 @@ def test_tetrachoric_and_polychoric():
     for p1, p2, rho in ((0.2, 0.3, 0.55), (0.5, 0.1, -0.4), (0.26, 0.26, 0.95), (0.05, 0.9, 0.1)):
         both = float(rc.both_above(rc.normal_quantile(1 - p1), rc.normal_quantile(1 - p2), rho))
         counts = 1e9 * np.array([both, p1 - both, p2 - both, 1 - p1 - p2 + both])
-        assert rc.correlation(p1, p2, np.array([both]))[0] == pytest.approx(rho, abs=1e-8)
-        assert rc.polychoric(counts.reshape(2, 2)) == pytest.approx(rho, abs=1e-4)
+        assert rc.polychoric(counts.reshape(2, 2)) == pytest.approx(rho, abs=1e-5)
     for cells, rho in (((22, 22, 21, 101), 0.52665), ((22, 43, 101), 0.52652), (rc.NEURIPS["2021"], 0.55707),
                        ((12, 8, 10, 21), 0.4210), ((11, 6, 1, 33), 0.9161), ((30, 10, 10, 30), math.sin(math.pi / 4))):
         assert rc.tetrachoric(cells)[0] == pytest.approx(rho, abs=1e-4)
@@ -168,7 +168,8 @@ def dense(paper, reviewer, y):
 
 
 def fitted(paper, reviewer, y, **flags):
-    return rc.calibrate([torch.as_tensor(paper), torch.as_tensor(reviewer)], torch.as_tensor(y), **flags)
+    found = rc.calibrate([torch.as_tensor(paper), torch.as_tensor(reviewer)], torch.as_tensor(y), **flags)
+    return dict(zip(("variances", "se", "v", "converged"), found))
 
 
 def test_calibration_is_at_the_optimum():
@@ -199,12 +200,12 @@ def test_calibration_says_when_it_did_not_converge():
 
 def test_random_traces_and_equivariance(monkeypatch):
     """Traces by signs move an estimate by a small part of its standard error; 3·y + 7 has nine times the variances."""
-    paper, reviewer, y = design(5, 890, 900)
+    paper, reviewer, y = design(3, 890, 900)
     exact, scaled = fitted(paper, reviewer, y), fitted(paper, reviewer, 3 * y + 7)
     assert scaled["variances"].numpy() == pytest.approx(9 * exact["variances"].numpy(), rel=1e-5)
     monkeypatch.setattr(rc, "EXACT", 0)
     by_signs = fitted(paper, reviewer, y, generator=torch.Generator().manual_seed(0))
-    assert ((by_signs["variances"] - exact["variances"]).abs() / exact["se"]).max() < 0.1
+    assert (exact["variances"] > 0).all() and ((by_signs["variances"] - exact["variances"]).abs() / exact["se"]).max() < 0.1
 
 
 def test_standard_errors_and_recovery():
@@ -243,12 +244,12 @@ def test_posterior_and_acceptance():
         chance = (np.argsort(np.argsort(-means, 1), 1) < 4).mean(0)
         assert np.abs(chance - ours).max() < 0.065 and ours.sum() == pytest.approx(4, abs=1e-4)
     paper, _, y = design(7)  # without names of reviewers: one index
-    fit = rc.calibrate([torch.as_tensor(paper)], torch.as_tensor(y))
+    variances = rc.calibrate([torch.as_tensor(paper)], torch.as_tensor(y))[0]
     k = np.bincount(paper)[0]
     within = np.array([y[paper == i].var(ddof=1) for i in range(paper.max() + 1)]).mean()
     among = k * np.array([y[paper == i].mean() for i in range(paper.max() + 1)]).var()
-    assert fit["variances"].numpy() == pytest.approx([(among - within) / k, within], rel=1e-4)  # balanced: closed form
-    chances = rc.acceptance([torch.as_tensor(paper)], fit["variances"], torch.as_tensor(y), 4, torch.Generator())
+    assert variances.numpy() == pytest.approx([(among - within) / k, within], rel=1e-4)  # balanced: closed form
+    chances = rc.acceptance([torch.as_tensor(paper)], variances, torch.as_tensor(y), 4, torch.Generator())
     assert set(chances[0].round(3)) == {0.0, 1.0} and chances[1].sum() == pytest.approx(4, abs=1e-4)
 
 
@@ -373,7 +374,7 @@ def test_scores(tmp_path, monkeypatch, capsys):
         cells.setdefault((paper, committee), []).append(score)
     pairs = [[np.mean(cells[f"p{i}", c]) for c in "AB"] for i in range(20)]
     assert results["committees"][0][3] == pytest.approx(np.corrcoef(np.array(pairs).T)[0, 1])
-    index = [rc.numbered([row[i] for row in rows])[0] for i in (0, 1)]
+    index = [np.unique([row[i] for row in rows], return_inverse=True)[1] for i in (0, 1)]
     y = np.array([row[3] for row in rows])
     assert dense(*index, y)(np.array(results["variances"])) < dense(*index, y)(np.array([1.0, 0.5, 1.0]))
     with open(tmp_path / "out/review_consistency/scores/papers.csv") as file:
@@ -385,7 +386,7 @@ def test_scores(tmp_path, monkeypatch, capsys):
         print("id;rating;decision", file=file)
         for i, j in product(range(100), range(6)):
             if j < 3 or i < 25:
-                print(f"p{i};{(i * 7 + j * j) % 9 + 1}: {'clear; accept' if j else 'marginal'}".replace("; ", " ") + f";{i < 25}", file=file)
+                print(f"p{i};{i % 7 + j % 2}: {'clear accept' if j else 'marginal'}" + f";{i < 25}", file=file)
     out, results = in_process(["scores", "more.csv.gz"], tmp_path, monkeypatch, capsys)
     assert results["rate"] == 0.25 and "375 reviews" in out and len(results["variances"]) == 2
 
@@ -399,7 +400,7 @@ def test_scores_wide_and_withdrawn(tmp_path, monkeypatch, capsys):
     out, dropped = in_process(["scores", "wide.tsv", "--withdrawn", "drop"], tmp_path, monkeypatch, capsys)
     assert (kept["rate"], results["rate"], dropped["rate"]) == (0.4, pytest.approx(1 / 3), 0.5) and "of 8 papers" in out
     (tmp_path / "list.csv").write_text("id,title,ratings,decision\n" + "".join(
-        f'p{i},"A title,\u2028 odd",\"[{i}, {i % 4}, {9 - i}]\",{"Reject" if i % 3 else "Accept: notable-top-5%"}\n' for i in range(9)), encoding="utf-8")
+        f'p{i},"A title,\u2028 odd",\"[{i}, {i + i % 3}, {i - 1}]\",{"Reject" if i % 3 else "Accept: notable-top-5%"}\n' for i in range(9)), encoding="utf-8")
     out, results = in_process(["scores", "list.csv", "--accept", 0.3], tmp_path, monkeypatch, capsys)
     assert "9 rows" in out and "27 reviews" in out
 
@@ -414,7 +415,7 @@ def test_the_data(tmp_path, monkeypatch, capsys):
     lines = (DATA / "synthetic_calibration.csv").read_text().splitlines()[:301]  # a fit that stops early gives α_b 0.0896 here
     (tmp_path / "head.csv").write_text("\n".join(lines))
     _, results = in_process(["scores", "head.csv"], tmp_path, monkeypatch, capsys)
-    index = [rc.numbered([line.split(",")[i] for line in lines[1:]])[0] for i in (0, 1)]
+    index = [np.unique([line.split(",")[i] for line in lines[1:]], return_inverse=True)[1] for i in (0, 1)]
     nll = dense(*index, np.array([float(line.split(",")[2]) for line in lines[1:]]))(np.array(results["variances"]))
     assert results["variances"][1] == pytest.approx(0.1724, abs=1e-4) and nll == pytest.approx(521.3846, abs=1e-3)
     for year, papers, reviews, implied in ((2021, 2965, 11452, 0.382), (2022, 3262, 12733, 0.323)):
@@ -422,19 +423,22 @@ def test_the_data(tmp_path, monkeypatch, capsys):
         assert f"{reviews} reviews, {papers} papers" in out and results["committees"][0][2] == pytest.approx(implied, abs=6e-4)
     out, results = in_process(["scores", DATA / "iclr2023_20230210.csv"], tmp_path, monkeypatch, capsys)
     assert "4872 papers" in out and results["committees"][0][2] == pytest.approx(0.354, abs=6e-4)
-    out, results = in_process(["esa", "--data", DATA, "--no_plot"], tmp_path, monkeypatch, capsys)
+    for path in DATA.glob("esa2018_*.tsv"):
+        (tmp_path / path.name.removeprefix("esa2018_")).write_bytes(path.read_bytes())
+    out, results = in_process(["esa", tmp_path, "--no_plot"], tmp_path, monkeypatch, capsys)
     assert list(results["cells"].values()) == [[12, 8, 10, 21], [11, 6, 1, 33], [10, 7, 1, 33]]
     assert results["scores"][0][1] == pytest.approx(0.6649, abs=1e-4)
     assert results["scores"][1][1:] == pytest.approx([0.7441, 0.6874, 0.6746], abs=5e-5)
 
 
 def test_simulate(tmp_path, monkeypatch, capsys):
-    out, results = in_process(["simulate", "--accept", 0.23, "--reviewers", 3], tmp_path, monkeypatch, capsys)
-    pairs = [list(map(float, row[1].replace("(", "").replace(")", "").split())) for row in results["arbitrariness"]]
-    assert [exact for _, exact in pairs] == pytest.approx([1 - 0.4635, 1 - 0.5646, 1 - 0.6241], abs=6e-4)
-    assert [seen for seen, _ in pairs] == pytest.approx([exact for _, exact in pairs], abs=4 * math.sqrt(0.25 / 23_000))
-    _, raw = in_process(["simulate", "--variances", 1, 1, 1, "--papers", 20_000, "--accept", 0.2], tmp_path, monkeypatch, capsys)
-    assert raw["arbitrariness"][1][1].endswith(f"({float(rc.arbitrariness(0.2, 1 / 2)):.3f})")
+    """The reference's conference: its exact values, and ours simulated; offsets count as opinion."""
+    _, results = in_process(["simulate", "--reviewers", 2], tmp_path, monkeypatch, capsys)
+    cells = np.array([[cell.strip("()") for cell in text.split()] for text in results["arbitrariness"][0][1:]], float)  # (rates, 2)
+    assert 1 - cells[:, 1] == pytest.approx([0.2438, 0.3240, 0.4358, 0.5226, 0.6667], abs=6e-4)
+    assert (abs(cells[:, 0] - cells[:, 1]) < 4 * np.sqrt(0.25 / np.array(results["rates"]) / 1e5) + 1e-3).all()
+    _, raw = in_process(["simulate", "--variances", 1, 1, 1, "--papers", 20_000], tmp_path, monkeypatch, capsys)
+    assert raw["arbitrariness"][1][3].endswith(f"({float(rc.arbitrariness(0.2, 1 / 2)):.3f})")
 
 
 FILES = {
@@ -463,15 +467,15 @@ FILES = {
     ("nonsense", "nonsense"), ("neurips extra", "extra"), ("table", "input"), ("table 1 2", "2 counts"), ("table 1 2 x", "count 3: 'x'"),
     ("table 1 2 -3", "whole numbers from 0"), ("table 0 0 0", "not all 0"), ("table nowhere.csv", "nowhere.csv"),
     ("table oblong.csv", "square"), ("table swapped.csv", "same order"), ("table half.csv", "whole numbers"),
-    ("table changes.csv", "two decisions"), ("table vague.csv", "'Withdrawn after accept', 'Not accepted', 'Rejected, invite"),
+    ("table changes.csv", "two decisions"), ("table vague.csv", "['Not accepted', 'Rejected, invite to poster session', 'Withdrawn after accept']"),
     ("table vague.csv --decisions maybe=x", "--decisions maybe=x"), ("table 5 5 5 --accept 1.5", "--accept 1.5"),
     ("neurips --accept 0.2,0.5", "0.2,0.5"), ("scores fine.csv --accept 0.2,0.5", "0.2,0.5"), ("scores fine.csv --accept 0.01", "takes 0 of 5"),
     ("scores odd.csv", "row 3: '0.8F' is not a number"), ("scores comma.csv", "row 2: '5,5'"), ("scores gap.csv", "row 3: no name"),
     ("scores short.csv", "row 2: 2 cells"), ("scores header.csv", "columns 'score'"), ("scores two.csv", "2 columns 'paper'"),
     ("scores header.csv --columns points=score", "--columns points=score"), ("scores twice.csv", "row 4: 'r1' reviews 'p1'"),
     ("scores once.csv", "no reviewer with two"), ("scores quote.csv", "quote"), ("scores three.csv", "two are the most"),
-    ("scores latin.csv", "UTF-8"), ("simulate --papers 10 --accept 0.01", "--papers"), ("simulate --likert 3", "--likert"),
-    ("esa --data nowhere", "nowhere"), ("table 5 5 5 --out odd.csv", "odd.csv"),
+    ("scores latin.csv", "UTF-8"), ("simulate --papers 10", "--papers"), ("simulate --likert 3", "--likert"),
+    ("esa nowhere", "nowhere"), ("table 5 5 5 --out odd.csv", "odd.csv"),
 ])
 def test_mistakes_end_in_one_line(args, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
