@@ -81,8 +81,8 @@ import torch
 
 # (both accept, first alone, second alone, neither), or (both, one alone, neither) where the split is not public.
 NEURIPS = {
-    "2014": (22, 22, 21, 101),  # arXiv 2109.09774: 166 of 170 papers; four were withdrawn or rejected without review
     "2021": (99, 203, 580),  # derived: of 882 papers 23 % differ, and of the accepted 50.6 %; no other counts give both
+    "2014": (22, 22, 21, 101),  # arXiv 2109.09774: 166 of 170 papers; four were withdrawn or rejected without review
     "2021, no withdrawn": (99, 203, 462),  # inferred, not published: some 118 withdrawn papers count as rejected above
 }
 FIT_2014 = (1.278, 0.240, 1.268)  # quality, offset, opinion: 2109.09774's fit to about 6,000 reviews, 3 or so a paper
@@ -101,7 +101,7 @@ def consistency(cells):
     """
     both, first, second, neither = four_cells(cells)
     n, differ = both + first + second + neither, first + second
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         p1, p2, p = (both + first) / n, (both + second) / n, (2 * both + differ) / (2 * n)
         arbitrary, chance = differ / (2 * both + differ), p1 * (1 - p2) + p2 * (1 - p1)
         directions = (first / (both + first) + second / (both + second)) / 2
@@ -633,7 +633,7 @@ def report(tables, args, more=()):
         for family, x in strengths(cells).items():
             ax.plot(rates, arbitrariness(rates, x, family), label=f"{family}, through {name}")
         band = [arbitrariness(rates, x) for x in found[name]["ρ, 95 %"]]
-        ax.fill_between(rates, *band, alpha=0.2)
+        ax.fill_between(rates, *band, alpha=0.2, label="normal, 95 %")
         for label, f in found.items():
             a, ends = f["arbitrariness"], np.array(f["arbitrariness, 95 %"])
             ax.errorbar(f["acceptance rate"], a, abs(ends[:, None] - a), fmt="o", label=label)
