@@ -238,11 +238,10 @@ def fit_family(family, p, observed):
     """The strength at which `family` has arbitrariness `observed` at rate p; nan where lots explain it (≥ 1 − p)."""
     if not 0 < observed < 1 - p:
         return math.nan
-    return float(bisect(lambda strength: -arbitrariness(p, float(strength), family), -observed, 1e-4, 0.9999))
+    return float(bisect(lambda strength: -arbitrariness(p, strength, family), -observed, 1e-4, 0.9999))
 
 
 # ==================================================================================== the method: reviewer calibration
-
 
 EXACT = 600  # papers or reviewers whose trace is computed unit by unit
 
@@ -637,7 +636,7 @@ def report(tables, args, more=()):
         for label, f in found.items():
             a, ends = f["arbitrariness"], np.array(f["arbitrariness, 95 %"])
             ax.errorbar(f["acceptance rate"], a, abs(ends[:, None] - a), fmt="o", label=label)
-        ax.plot([0, 1], [1, 0], color="grey", label="lots")
+        ax.plot([0, 1], [1, 0], label="lots")
         ax.set(xlabel="acceptance rate", ylabel="arbitrariness: accepted papers that a rerun rejects")
         ax.legend()
 
@@ -649,7 +648,7 @@ def neurips(args):
     """Both NeurIPS experiments from their counts: every summary, exact intervals, other rates; what reviews predict."""
     found, (quality, offset, opinion), gains = report(NEURIPS, args), FIT_2014, []
     for rho in (found["2014"]["latent correlation ρ"], *found["2014"]["ρ, 95 %"]):
-        noise = max(quality / rho - quality - opinion / 3, 0.0)  # solves implied_correlation(…, noise) = ρ
+        noise = quality / rho - quality - opinion / 3  # solves implied_correlation(…, noise) = ρ
         three, four = (arbitrariness(0.23, implied_correlation(quality, 0, opinion, r, noise)) for r in (3, 4))
         gains.append((rho, noise, three - four))
     raw, known = (implied_correlation(quality, x, opinion, 3) for x in (offset, 0))
@@ -762,7 +761,7 @@ def esa_committee(path):
     levels, means = [], []
     for line, cells in read_rows(path):
         pairs = [[number(x, f"{path}, row {line}") for x in cells[i : i + 2]]
-                 for i in range(0, 8, 2) if cells[i].strip("_")]
+                 for i in range(0, min(8, len(cells)), 2) if i == 0 or cells[i].strip("_")]
         s = [math.copysign(1, x) if abs(x) == 2 and confidence < 3 else x for x, confidence in pairs]
         levels.append(0 if min(s) == 2 else 1 if max(s) == 2 else 2 if max(s) == 1 else 3 if min(s) > -2 else 4)
         means.append(np.mean([x for x, _ in pairs]))

@@ -469,6 +469,16 @@ def test_scores(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "out/review_consistency/scores/papers.csv") as file:
         papers = list(csv.DictReader(file))
     assert len(papers) == 60 and sum(float(row["p_accept"]) for row in papers) == pytest.approx(15, abs=0.01)
+    quality, offset, opinion = results["variances"]
+    assert results["committees"][0][1] == pytest.approx(quality / (quality + (offset + opinion) / 3))  # committees of 3
+    assert results["committees"][1][1] == pytest.approx(quality / (quality + opinion / 3))
+    with open(tmp_path / "out/review_consistency/scores/reviewers.csv") as file:
+        offsets = {row["reviewer"]: float(row["offset"]) for row in csv.DictReader(file)}
+    best = papers[0]["paper"]
+    calibrated = [score - offsets[reviewer] for paper, reviewer, _, score, _ in rows if paper == best]
+    assert float(papers[0]["calibrated_mean"]) == pytest.approx(np.mean(calibrated))
+    strict = {r: np.mean([score for _, reviewer, _, score, _ in rows if reviewer == r]) for r in offsets}
+    assert np.corrcoef([offsets[r] for r in strict], list(strict.values()))[0, 1] > 0.5
     means = [float(row["calibrated_mean"]) for row in papers]
     assert means == sorted(means, reverse=True)
     with gzip.open(
@@ -499,7 +509,7 @@ def test_scores_wide_and_withdrawn(tmp_path, monkeypatch, capsys):
     (tmp_path / "list.csv").write_text(
         "id,title,ratings,decision\n"
         + "".join(
-            f'p{i},"Odd,\u2028","[{i}, {i + i % 3}, {i - 1}]",{"Reject" if i % 3 else "Accept: notable-top-5%"}\n'
+            f'p{i},An\u2028odd one,"[{i}, {i + i % 3}, {i - 1}]",{"Reject" if i % 3 else "Accept: notable-top-5%"}\n'
             for i in range(9)
         ),
         encoding="utf-8",
@@ -603,7 +613,7 @@ FILES = {
         ("scores header.csv --columns points=score", "--columns points=score"),
         ("scores twice.csv", "row 4: 'r1' reviews 'p1'"),
         ("scores once.csv", "no reviewer with two"),
-        ("scores quote.csv", "quote"),
+        ("scores quote.csv", "not closed"),
         ("scores three.csv", "two are the most"),
         ("scores latin.csv", "UTF-8"),
         ("simulate --papers 10", "--papers"),
