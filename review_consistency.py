@@ -45,7 +45,7 @@ that either accepted are one draw each; of 1,000 simulated tables the interval o
 Calibration (CPU, one thread): 5,891 reviews 0.4 s, 37,200 reviews of 9,000 papers by 9,000 reviewers 3.5 s of CPU
 time; 720 reviews 0.27 s where statsmodels' MixedLM takes 1.1 s, 1,440 reviews 1.2 s against 5.3 s, same variances; on
 5,891 it had not ended after 400 s. Of 1,000 random designs of 300 to 900 reviews none failed to converge, and the
-likelihood was at worst 9e-7 short of the best that L-BFGS-B found (213 had a variance of zero). μ is the mean score,
+likelihood was at worst 3e-6 short of the best that L-BFGS-B found (213 had a variance of zero). μ is the mean score,
 as in the reference: on those 720 reviews α_b is 0.2424, with a maximum-likelihood mean 0.2428, by restricted
 likelihood 0.2449 (standard error 0.068), which is why there is one mean and no REML.
 
