@@ -125,7 +125,7 @@ def homogeneity(profiles, counts, kind):
     one, zero = (poisson_binomial(np.where(np.eye(k), x, errors))[:, KINDS[kind]].sum(1) for x in (1, 0))
     influence = np.stack([inside - observed, (profiles - errors) @ (one - zero)])  # on the two rates, (2, P)
     (variance_o, covariance), (_, variance_e) = influence * counts @ influence.T / n**2
-    interval_o = clopper_pearson(int(counts @ inside), n)
+    interval_o = exact_interval(int(counts @ inside), n)
     result = dict.fromkeys(("expected", "difference", "ratio", "phi"), (math.nan,) * 3)
     result |= dict(observed=(observed, *interval_o), influence=influence[0] - influence[1])
     if not 0 < expected < 1:  # a model that never (or always) fails: nothing is known of the spread
@@ -145,7 +145,7 @@ def homogeneity(profiles, counts, kind):
     result |= dict(expected=(expected, *interval_e), difference=difference, ratio=ratio)
     # subtle: the least of several errors comes out too low; the room may be what the best model's upper limit leaves
     best = int((counts @ profiles).min())
-    room = np.array([best / n, clopper_pearson(best, n)[1]]) - expected
+    room = np.array([best / n, exact_interval(best, n)[1]]) - expected
     if kind == "systemic" and room[0] > 1e-12:
         result["phi"] = (difference[0] / room[0], min(difference[1] / room), min(max(difference[2] / room), 1.0))
     return result
@@ -183,7 +183,7 @@ def lower_limit(x, n):
     return low
 
 
-def clopper_pearson(x, n):
+def exact_interval(x, n):
     """Exact 95 % interval of a rate: the p for which neither "x of n or more" nor "x or fewer" is rarer than 2.5 %."""
     return lower_limit(x, n), 1 - lower_limit(n - x, n)
 
@@ -335,7 +335,7 @@ def coded(column, absent, classes=None, threshold=None):
     return np.fromiter(map(code.__getitem__, column), np.int32, len(column)), classes, value
 
 
-def read_columns(path):
+def load_columns(path):
     """.csv or .tsv (comma, semicolon, tab), .jsonl (an object a line), .gz or not → {column: its texts}."""
     lines = ".jsonl" in path.name.lower()
     try:
@@ -380,7 +380,7 @@ def first_few(texts, most=12):
 
 
 def read_table(path, columns, label=None, group=None, models=None, outcome=None, missing=None, threshold=None):
-    """columns of `read_columns`, a row for each person → Table. What was read is printed; what is unclear ends the
+    """columns of `load_columns`, a row for each person → Table. What was read is printed; what is unclear ends the
     program with its row, its column and its remedy. path: for messages.
 
     label, group, models: columns (those called label, group, and all others). Every answer must be a label; with
@@ -715,7 +715,7 @@ def unicode(args):
 
 
 def read_files(args):
-    return {str(path): read_table(path, read_columns(path), args.label, args.group, args.models, args.outcome,
+    return {str(path): read_table(path, load_columns(path), args.label, args.group, args.models, args.outcome,
                                   args.missing, args.threshold) for path in args.files}
 
 

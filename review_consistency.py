@@ -688,9 +688,9 @@ def table(args):
     save_results(args.out, args, tables=report(tables, args, more), cells=tables)
 
 
-def write_csv(path, header, rows):
+def write_csv(path, header, lines):
     with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header.split(), *rows])
+        csv.writer(file).writerows([header, *lines])
     print(path)
 
 
@@ -729,10 +729,12 @@ def scores(args):
     grey = [int(((x > 0.1) & (x < 0.9)).sum()) for x in (held, rerun)]
     print(f"P(accept), best {accepted}: 0.1 to 0.9 for {grey[0]} papers with the same reviews, {grey[1]} with new ones")
     means = [np.bincount(paper, x) / k for x in (calibrated, y)]
-    write_csv(args.out / "papers.csv", "paper reviews calibrated_mean mean effect p_accept p_accept_rerun", sorted(
-        zip(papers, k, *means, effect.tolist(), held, rerun), key=lambda row: -row[2]))
+    header = "paper reviews calibrated_mean mean effect p_accept p_accept_rerun".split()
+    ranked = sorted(zip(papers, k, *means, effect.tolist(), held, rerun), key=lambda row: -row[2])
+    write_csv(args.out / "papers.csv", header, ranked)
     if offsets:
-        write_csv(args.out / "reviewers.csv", "reviewer reviews offset", zip(reviewers, load, offsets[0].tolist()))
+        header = "reviewer reviews offset".split()
+        write_csv(args.out / "reviewers.csv", header, zip(reviewers, load, offsets[0].tolist()))
     save_results(args.out, args, variances=variances, se=se, rate=rate, committees=rows, grey_zone=grey)
 
 

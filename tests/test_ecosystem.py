@@ -75,10 +75,10 @@ def test_undefined_is_nan_and_shown_so():
     assert eco.show(*m["ratio"]) == "undefined"
 
 
-def test_clopper_pearson():
+def test_exact_interval():
     beta = pytest.importorskip("scipy.stats").beta
     for x, n in ((0, 10), (1, 10), (10, 10), (3, 400), (50_000, 100_000), (1, 10**6)):
-        low, high = eco.clopper_pearson(x, n)
+        low, high = eco.exact_interval(x, n)
         want = beta.ppf(0.025, x, n - x + 1) if x else 0, beta.ppf(0.975, x + 1, n - x) if x < n else 1
         np.testing.assert_allclose((low, high), want, rtol=1e-9, atol=1e-12)
 
@@ -274,7 +274,7 @@ def test_training_under_autocast():
 
 
 def test_the_method_can_be_copied():
-    names = "outcome_profiles poisson_binomial homogeneity mover binomial_tail lower_limit clopper_pearson"
+    names = "outcome_profiles poisson_binomial homogeneity mover binomial_tail lower_limit exact_interval"
     copied, space = "\n".join(inspect.getsource(getattr(eco, name)) for name in names.split()), {}
     exec(f"import functools, math\nimport numpy as np\nKINDS = {eco.KINDS}\n{copied}", space)
     failed = rasch_table(300, [-1, -1, 0], 2, 8)
@@ -448,7 +448,7 @@ def test_digits(tmp_path):
 @needs_data
 def test_alpaca_best_five(tmp_path):
     path = DATA / "alpaca_eval2_wins.csv"
-    table = eco.read_table(path, eco.read_columns(path), outcome="correct")
+    table = eco.read_table(path, eco.load_columns(path), outcome="correct")
     best = [table.models[j] for j in np.argsort(table.failed[0].mean(0), kind="stable")[:5]]
     flags = ("--outcome", "correct", "--models", ",".join(best), "--no_plot")
     m = tool(tmp_path, "report", path, *flags)[1]["tables"][str(path)]["models"]

@@ -14,7 +14,7 @@ HOUSE = Path(__file__).parent.parent
 PAPERS = ("sophia backpack anticipation lexinvariant spsa_distributed onesided_mc ecosystem neqa lost_in_middle "
           "review_consistency").split()
 ROOT_FILES = [name for name in PAPERS if (HOUSE / f"{name}.py").exists()]
-REBUILT = ["sophia", "ecosystem", "onesided_mc"]  # in the small form: lines of at most 120 columns, the shared pieces in theirs
+REBUILT = "sophia ecosystem onesided_mc review_consistency".split()
 PACKAGES = {"torch", "numpy", "tiktoken", "mido", "tqdm", "einops", "triton", "matplotlib", "kernels"}
 QUICK = {  # a task of each file that takes seconds: it must work from a folder that holds nothing else
     "sophia": "toy",
