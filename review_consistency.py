@@ -619,13 +619,18 @@ def summary(cells, rate):
 
 
 def report(tables, args, more=()):
-    """Named tables of counts: summaries printed and returned, a figure of the first one. more: further rows."""
+    """Named tables of counts: summaries printed and returned. more: further rows."""
     if not 0 < args.accept < 1:
         fail(f"--accept {args.accept}: an acceptance rate lies between 0 and 1")
     found = {name: summary(cells, args.accept) for name, cells in tables.items()}
     span = lambda x: x if not isinstance(x, tuple) else "undefined" if math.isnan(x[0]) else f"{x[0]:.3f} to {x[1]:.3f}"
     rows = [(key, *(span(f[key]) for f in found.values())) for key in next(iter(found.values()))]
     print_table(("two committees", *found), [*rows, *more])
+    return found
+
+
+def curves(tables, found, args):
+    """The figure: the first table's point, and every family through it."""
 
     def draw(fig):
         ax, rates, (name, cells) = fig.gca(), np.linspace(0.02, 0.98, 97), next(iter(tables.items()))
@@ -641,7 +646,6 @@ def report(tables, args, more=()):
         ax.legend()
 
     figure(args.out / "arbitrariness.png", args, draw)
-    return found
 
 
 def neurips(args):
@@ -656,6 +660,7 @@ def neurips(args):
           "the ρ of decisions\n(low end, high end) committees must add noise; at rate 0.23 a fourth review brings:")
     print_table(("ρ of 2014", "noise variance", "gain in arbitrariness"), gains)
     save_results(args.out, args, tables=found, implied=(raw, known), noise=gains)
+    curves(NEURIPS, found, args)
 
 
 def cells_at(square, accepted):
@@ -685,7 +690,9 @@ def table(args):
     tables = {f"{labels[i - 1]} or better": cells_at(square, i) for i in range(len(labels) - 1, 0, -1)}
     tables = tables or {"your table": square[0].astype(int).tolist()}
     more = [("polychoric ρ of all levels", *[polychoric(square)] * len(tables))] if len(labels) > 2 else []
-    save_results(args.out, args, tables=report(tables, args, more), cells=tables)
+    found = report(tables, args, more)
+    save_results(args.out, args, tables=found, cells=tables)
+    curves(tables, found, args)
 
 
 def write_csv(path, header, lines):
@@ -784,7 +791,9 @@ def esa(args):
         rho.append(polychoric(square))
         r.append(pearson(x, y)[0])
     more = [("polychoric ρ of five levels", *rho), ("correlation of mean scores", *r)]
-    save_results(args.out, args, tables=report(tables, args, more), cells=tables, scores=more)
+    found = report(tables, args, more)
+    save_results(args.out, args, tables=found, cells=tables, scores=more)
+    curves(tables, found, args)
 
 
 # ==================================================================================== command line
