@@ -1,82 +1,17 @@
-"""Backpack language models: sense vectors that one can read and edit (Hewitt, Thickstun, Manning, Liang; arXiv 2305.16765).
-
-The problem. A Transformer mixes what it knows of a word with its context at every layer. An edit for one context does something else in
-the next, so there is no place where "what this word means to the model" could be read or changed.
-
-The idea. Give every word of the vocabulary k sense vectors that never see a context, and let the next word depend on the text only through
-a weighted sum of them. A whole Transformer is used, but only to find the weights, which are non-negative and sum to 1 for each sense.
-The logits are linear in the senses: read a sense by projecting it on the vocabulary, scale it or swap a direction in it, and the effect
-has the same direction in every context, by a known amount.
-
-    C(x)_l, l = 1…k                                  senses of word x: a network of x's embedding alone
-    α_lij = softmax_{j ≤ i}(⟨q_li, k_lj⟩/√e)         q, k: one linear map of a Transformer's last layer, e = d/k
-    o_i = Σ_l Σ_{j ≤ i} α_lij·C(x_j)_l               logits_i = E·o_i, E the table of embeddings
-
-    log-odds = Σ_j Σ_l α_lij·⟨E_a − E_b, C(x_j)_l⟩   every term of it: `attribute`; a factor w on a sense adds (w − 1)·its terms: `debias`
-    C̃ = C + ⟨C, E_r⟩/|E_r|²·(E_a·|E_r|²/|E_a|² − E_r)  a fact moved from word r to word a: `edit`
-
-How to run it.
-
-    python backpack.py                           train small Backpacks and Transformers, read senses, debias, edit (2 minutes, 2 CPU cores)
-    python backpack.py senses nurse bread        on the demo's model; also: attribute, debias, edit, topic, sample, eval, convert
-    python backpack.py senses build --sense 14 --ckpt public         the authors' model (684 MB); similarity, eval lambada …, debias …
-    python backpack.py ablate_k | bench          how many senses; what they cost
-    torchrun --nproc_per_node=8 backpack.py train --size small --data fineweb:100          the paper's recipe
-
-What we measured (2 shared cores of an AMD EPYC, torch 2.13.0, `python backpack.py --seed 0`, 1, 2):
-
-    the paper, 170M weights                              here               seed 0            seed 1            seed 2
-    perplexity 20.1, the Transformer inside 20.2         loss, Python's documentation, k = 16
-                                                         Backpack           2.682             2.677             2.657
-                                                         inner Transformer  2.765             2.695             2.737
-                                                         as many weights    2.659             2.611             2.603
-    bias ratio 4.34, one sense removed 2.88, fitted 2.16 generated world    13.6, 1.3, 1.1    9.7, 2.3, 1.1     9.2, 1.2, 1.0
-                                                         best other sense   12.7              4.7               8.9
-    Transformer 7.02, gender projected out 6.72          Transformer        9.5, 9.2          7.0, 6.9          7.0, 6.6
-    MacBook: Apple → HP, shown by samples                P(hp), 3 prompts   0.88              0.93              0.96
-                                                         others move by     < 0.0001          < 0.0001          < 0.0001
-    k = 1, 4, 16: perplexity 38.5, 29.3, 26.0            `ablate_k --seeds 3`: 19.8, 18.0, 16.1; inner Transformer 16.5
-
-The true bias ratio of the generated world is 9. Senses are located, and factors fitted, on other prompts than those that count; the other
-products are asked for behind a sentence with the edited one.
-
-What did not hold at this scale. A Transformer with as many weights as the Backpack is ahead in all three runs; the gain is over the smaller
-one that it contains, which is the paper's comparison. Topic control works for one of three bags of words (`topic --samples 100`,
-strengths 0 to 3: class instance method 0.9, 2.6, 3.9, 5.0 % of the tokens; string bytes unicode 0.2, 0.3, 0.4, 0.1; import module package
-0.3, 0.3, 0.2, 0.1), and for all the texts grow monotonous; the generated world's topics it makes rarer. Most senses of so small models
-speak of the next word; of the paper's other kinds (objects of verbs, relatedness) they show little.
-
-What it costs (`python backpack.py bench`, nano; `--size micro --steps 1`, same machine, one thread): senses of 995 distinct among 8,192
-tokens, forward and backward, 42 ms, of every token 249 (micro: 0.98 s, 6.9 s). The single product mixes 1.1 (1.0) times as fast as one
-product a sense. 200 tokens with a cache, all senses known: 0.21 s, all anew 0.78 (2.3 s, 16.3 s). A forward pass takes 1.7 (1.6) times the
-Transformer's; the paper: 1.4. On a GPU: not measured.
-
-Where this file differs from the paper and its code: no dropout; rows of E that pad the vocabulary have no probability in training; bfloat16
-without loss scaling; the senses of a batch are computed once for each distinct token (`--no_dedup`: for each position). Weights N(0, 0.02)
-as there, but wider for the small models, which at 0.02 learn nothing for hundreds of steps.
-"""
+"""DOC"""
 
 import argparse
 import ast
-import hashlib
 import json
 import math
 import os
-import pickle
-import platform
 import re
-import subprocess
 import sys
 import sysconfig
-import time
-import types
-import urllib.request
 import warnings
-import zipfile
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -87,15 +22,26 @@ from torch import nn
 from tqdm import tqdm
 
 try:
-    from kernels.linear_cross_entropy import linear_cross_entropy as fused_linear_cross_entropy
     from kernels.sense_mix import sense_mix as fused_sense_mix
-except ImportError:  # copied alone, or no Triton here: the plain versions below compute the same
-    fused_linear_cross_entropy = fused_sense_mix = None
+except ImportError:  # copied alone, or no Triton here: the plain version below computes the same
+    fused_sense_mix = None
 
-# ============================================================================================== the method: senses and their mixture
+# ==================================================================================== the method
 
 
-class SenseMLP(nn.Module):
+@dataclass
+class Config:
+    """Of the Transformer; the defaults are the paper's small model."""
+
+    n_layer: int = 12
+    n_head: int = 12
+    d: int = 768
+    n_vocab: int = 50264  # rows of the embedding: GPT-2's 50,257 padded to a multiple of 8
+    block_size: int = 512  # longest context, tokens
+    std: float = 0.02  # of the first weights
+
+
+class MLP(nn.Module):
     def __init__(self, d_in, d_hidden, d_out):
         super().__init__()
         self.c_fc, self.c_proj = nn.Linear(d_in, d_hidden), nn.Linear(d_hidden, d_out)
@@ -105,24 +51,24 @@ class SenseMLP(nn.Module):
 
 
 class SenseNetwork(nn.Module):
-    """C: token embeddings (..., d) → senses (..., n_sense, d). It sees neither context nor position (section 2.2, appendix A.1)."""
+    """C: embeddings (..., d) → senses (..., n_sense, d). It sees neither context nor position (section 2.2, appendix A.1)."""
 
-    def __init__(self, d, n_sense, sense_width=4):
+    def __init__(self, d, n_sense, width):
         super().__init__()
         self.n_sense = n_sense
         self.ln_a, self.ln_b, self.ln_c = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.mlp, self.out = SenseMLP(d, sense_width * d, d), SenseMLP(d, sense_width * d, n_sense * d)
+        self.mlp, self.out = MLP(d, width * d, d), MLP(d, width * d, n_sense * d)
 
     def forward(self, x):
         x = x + self.ln_a(x)  # subtle: no use is known for this residual; all released weights were trained with it
         x = x + self.mlp(self.ln_b(x))
-        return self.out(self.ln_c(x)).unflatten(-1, (self.n_sense, -1))  # sense-major
+        return self.out(self.ln_c(x)).unflatten(-1, (self.n_sense, -1))
 
 
 def sense_weights(query, key, scale):
     """α, non-negative, Σ_j α_lij = 1 for each sense l: softmax over j ≤ i of scale·⟨query_li, key_lj⟩, in float32 or wider.
 
-    query: (batch, n_query, n_sense, e), of the last n_query positions; key: (batch, seq, n_sense, e).
+    query (batch, n_query, n_sense, e), of the last n_query positions; key (batch, seq, n_sense, e).
     → (batch, n_query, n_sense, seq), 0 for j > i.
     """
     scores = torch.einsum("bile,bjle->bilj", query, key) * scale
@@ -132,588 +78,434 @@ def sense_weights(query, key, scale):
     return scores.masked_fill(future[:, None], -math.inf).softmax(-1)
 
 
-def sense_mix(query, key, table, index, scale):
-    """o_i = Σ_l Σ_{j ≤ i} α_lij·C(x_j)_l as one matrix product over (l, j): no (n_sense, seq, d) of outputs is kept.
+def mix(alpha, senses):
+    """o_i = Σ_l Σ_j α_lij·C(x_j)_l as one matrix product over (l, j). senses (batch, seq, n_sense, d) → (batch, n_query, d)."""
+    return alpha.to(senses.dtype).flatten(2) @ senses.transpose(1, 2).flatten(1, 2)
 
-    query, key, scale: of sense_weights. table: (rows, n_sense, d), senses of distinct tokens; index: (batch, seq) int64, the row of
-    each position's token. → (batch, n_query, d).
-    """
-    alpha = sense_weights(query, key, scale).to(table.dtype)  # (batch, n_query, n_sense, seq)
-    senses = table[index].transpose(1, 2)  # (batch, n_sense, seq, d)
-    return alpha.flatten(2) @ senses.flatten(1, 2)
+
+def sense_mix(query, key, table, index, scale):
+    """mix of sense_weights. table (rows, n_sense, d): senses of distinct tokens; index (batch, seq) int64: each one's row."""
+    return mix(sense_weights(query, key, scale), table[index])
 
 
 class Backpack(nn.Module):
-    """A Transformer that only weighs: logits = E·o, o of sense_mix, with E also the embedding and the sense network's input.
+    """A Transformer that only weighs: logits = E·o, o of sense_mix; E embeds the tokens and is the sense network's input.
 
-    config: of the context Transformer; n_sense: k; sense_width: hidden width of the sense network over d (4; 1 in the paper's ablation
-    over k, its "shrunk" networks); divide_by_k: o/k, as in Levanter's weights. Raises ValueError for k outside 1..d. Same interface as
-    GPT: trunk(idx, cache), lm_head, config. dedup: compute the senses of a token once a batch, wherever it stands. memo: None, or, when
-    the weights do not change any more, a dict {token id: senses} to keep. edits: {token id: senses (n_sense, d)} that replace them.
-    """
+        model = Backpack(Config(n_layer=6, n_head=6, d=384), n_sense=16)
+        logits = model(ids)                                    # (batch, seq) int64 → (batch, seq, n_vocab)
 
-    def __init__(self, config, n_sense, sense_width=4, divide_by_k=False):
+    width: hidden width of the sense network over d (4; 1 in the paper's ablation). divide_by_k: logits/k, as in
+    Levanter's weights. known: None while the weights change; after that a dict {token: senses (n_sense, d)} which
+    keeps what was computed once, and in which an edit is an entry that replaces another. ValueError: n_sense outside
+    1..d. """
+
+    def __init__(self, config, n_sense=16, width=4, divide_by_k=False):
         super().__init__()
-        d = config.n_embd
-        if not 1 <= n_sense <= d:
-            raise ValueError(f"Backpack: {n_sense} senses; from 1 to the width, {d}, are possible")
-        self.config, self.n_sense, self.width, self.sense_width = config, n_sense, d // n_sense, sense_width
-        self.divisor, self.dedup, self.memo, self.edits = n_sense if divide_by_k else 1, True, None, {}
-        self.gpt = GPT(config)  # the baseline, whole
+        if not 1 <= n_sense <= config.d:
+            raise ValueError(f"Backpack: {n_sense} senses; from 1 to the width, {config.d}, are possible")
+        self.config, self.n_sense, self.width, self.divisor = config, n_sense, width, n_sense if divide_by_k else 1
+        self.gpt, self.known = GPT(config), None
         self.lm_head = self.gpt.lm_head
-        self.sense_network = SenseNetwork(d, n_sense, sense_width)
-        self.weight_net = nn.Linear(d, 2 * n_sense * self.width)  # queries, then keys; each sense-major
+        self.sense_network = SenseNetwork(config.d, n_sense, width)
+        self.weight_net = nn.Linear(config.d, 2 * n_sense * (config.d // n_sense))  # queries, then keys
+        initialise(self, config)
 
-    def senses(self, ids, memo=None):
-        """ids: (n,) int64 → C(ids) (n, n_sense, d), edits included. memo: {id: senses without edits}, looked up and filled."""
-        memo = self.memo if memo is None else memo
-        if memo is None and not self.edits:
-            return self.sense_network(self.gpt.transformer.wte(ids)) / self.divisor
-        memo = {} if memo is None else memo
-        if new := [i for i in ids.tolist() if i not in memo]:
-            memo.update(zip(new, self.sense_network(self.gpt.transformer.wte(torch.tensor(new, device=ids.device))) / self.divisor))
-        return torch.stack([self.edits.get(i, memo[i]) for i in ids.tolist()])
+    def senses(self, ids):
+        """ids (n,) int64 → C(ids) (n, n_sense, d), edits included."""
+        if self.known is None:
+            return self.sense_network(self.lm_head.weight[ids]) / self.divisor
+        if new := [i for i in ids.tolist() if i not in self.known]:
+            self.known.update(zip(new, self.sense_network(self.lm_head.weight[new]) / self.divisor))
+        return torch.stack([self.known[i] for i in ids.tolist()])
 
-    def parts(self, idx, cache=None):
-        """idx: (batch, n) int64 → the arguments of sense_mix and the ids (batch, seq) that index counts over. With a cache, idx are new
-        tokens and the cache keeps, behind the layers' keys and values, the keys of the senses, all ids, and senses by id."""
-        hidden, memo = self.gpt.trunk(idx, cache), self.memo  # hidden: (batch, n, d)
-        query, key = self.weight_net(hidden).unflatten(-1, (2, self.n_sense, self.width)).unbind(-3)
+    def parts(self, ids, cache=None):
+        """→ the arguments of sense_mix, and all ids. A cache keeps, under "senses", the keys of the senses and the ids so far."""
+        hidden = self.gpt.trunk(ids, cache)  # (batch, n, d)
+        query, key = self.weight_net(hidden).unflatten(-1, (2, self.n_sense, -1)).unbind(-3)
         if cache is not None:
-            memo = {} if memo is None else memo
-            if len(cache) > self.config.n_layer:
-                past_key, past_idx, memo = cache[-1]
-                key, idx = torch.cat((past_key, key), 1), torch.cat((past_idx, idx), 1)
-            cache[self.config.n_layer :] = [(key, idx, memo)]
-        if self.dedup:
-            ids, index = idx.unique(return_inverse=True)
-        else:
-            ids, index = idx.flatten(), torch.arange(idx.numel(), device=idx.device).view(idx.shape)
-        return (query, key, self.senses(ids, memo), index, self.width**-0.5), idx
+            if "senses" in cache:
+                key, ids = torch.cat((cache["senses"][0], key), 1), torch.cat((cache["senses"][1], ids), 1)
+            cache["senses"] = key, ids
+        distinct, index = ids.unique(return_inverse=True)  # the senses of a token once, wherever it stands
+        return (query, key, self.senses(distinct), index, query.size(-1) ** -0.5), ids
 
-    def trunk(self, idx, cache=None, control=None):
-        """idx: (batch, seq) int64 → o (batch, seq, d). cache: of GPT.trunk. control(idx, senses (batch, seq, n_sense, d)) → factors
-        (batch, seq, n_sense) on the senses of every position."""
-        (query, key, table, index, scale), idx = self.parts(idx, cache)
-        if control is not None:
+    def trunk(self, ids, cache=None, control=None):
+        """ids (batch, seq) int64 → o (batch, seq, d). cache: a dict, of GPT.trunk. control(ids, senses (batch, seq,
+        n_sense, d)) → factors (batch, seq, n_sense) on the senses of every position."""
+        (query, key, table, index, scale), ids = self.parts(ids, cache)
+        if control:
             senses = table[index]
-            table = (senses * control(idx, senses)[..., None]).flatten(0, 1)
-            index = torch.arange(idx.numel(), device=idx.device).view(idx.shape)
-        fused = fused_sense_mix and query.is_cuda and query.shape == key.shape and query.dtype != torch.float64
+            return mix(sense_weights(query, key, scale), senses * control(ids, senses)[..., None])
+        fused = fused_sense_mix and query.is_cuda and query.size(1) >= 2048 and query.shape == key.shape
         return (fused_sense_mix if fused else sense_mix)(query, key, table, index, scale)
 
-    def forward(self, idx, cache=None):
-        """idx: (batch, seq) int64 → logits (batch, seq, vocab_size)."""
-        return self.lm_head(self.trunk(idx, cache))
+    def forward(self, ids):
+        return self.lm_head(self.trunk(ids))
 
 
 @contextmanager
 def edited(model, edits):
-    """Within it the senses of some tokens are others: edits is {token id: (n_sense, d)}."""
-    before, model.edits = model.edits, {**model.edits, **edits}
+    """Within it the senses of some tokens are others: edits is {token: (n_sense, d)}."""
+    before, model.known = model.known, {**(model.known or {}), **edits}
     try:
         yield model
     finally:
-        model.edits = before
+        model.known = before
 
 
 @torch.no_grad()
 def attribution(model, ids, direction):
-    """What each sense of each token adds to ⟨direction, o⟩ at the last position; all of them sum to it exactly. For a logit, direction
-    is a row of E; for a log-odds, a difference of two. ids: list of ints; direction: (d,) or (d, m) → (seq, n_sense) or (…, m)."""
+    """What each sense of each token adds to ⟨direction, o⟩ at the last position; all of it sums to that exactly.
+
+    For a logit direction is a row of E, for a log-odds a difference of two. ids: list of ints; direction (d,) or (d, m)
+    → (seq, n_sense) or (seq, n_sense, m).
+    """
     (query, key, table, index, scale), _ = model.parts(torch.tensor([ids], device=direction.device))
-    alpha = sense_weights(query[:, -1:], key, scale)[0, 0].T.to(table.dtype)  # (seq, n_sense)
-    projected = table[index[0]] @ direction
-    return alpha.view(*alpha.shape, *[1] * (projected.dim() - 2)) * projected
+    alpha = sense_weights(query[:, -1:], key, scale)[0, 0]  # (n_sense, seq)
+    return torch.einsum("lj,jl...->jl...", alpha.to(table.dtype), table[index[0]] @ direction)
 
 
 def swapped(senses, removed, added):
-    """The knowledge edit of section 6.3: what points along E_removed points along E_added instead, as far in that one's own length.
+    """The knowledge edit of section 6.3: what points along E_removed points along E_added, as far in that one's own length.
 
-        C̃ = C + ⟨C, E_r⟩/|E_r|²·(E_a·|E_r|²/|E_a|² − E_r)         (the paper prints another divisor; this is the authors' code)
+        C̃ = C + ⟨C, E_r⟩/|E_r|²·(E_a·|E_r|²/|E_a|² − E_r)        (the paper prints another divisor; this is the authors' code)
 
-    senses: (n_sense, d); removed, added: rows of E (d,). For orthogonal rows C̃ has no E_r left and gains ⟨C, E_r⟩ along E_a.
+    senses (n_sense, d); removed, added (d,): rows of E. For orthogonal rows C̃ has no E_r left and ⟨C, E_r⟩ along E_a.
     """
     r2, a2 = removed @ removed, added @ added
     return senses + (senses @ removed / r2)[:, None] * (added * (r2 / a2) - removed)
 
 
-STRENGTHS = {0: (1, 1, 1, 1), 1: (1.5, 1.5, 1.3, 1), 2: (2.2, 2.2, 1.5, 1), 3: (3.3, 3.3, 3, 1)}  # factor by class, appendix D
+STRENGTHS = {0: (1, 1, 1, 1), 1: (1.5, 1.5, 1.3, 1), 2: (2.2, 2.2, 1.5, 1), 3: (3.3, 3.3, 3, 1)}  # δ by class, appendix D
 
 
-class TopicControl:
-    """Section 6.1: senses that score high on a bag of words weigh more, until the text has said what they say.
+@torch.no_grad()
+def topic_scores(model, bags, n_vocab, silent=()):
+    """How much a sense speaks of a bag of tokens: Σ_{w in bag} (E·C)_w / max_v (E·C)_v. One pass over the vocabulary.
 
-    score of sense (x, l): Σ over the bag of (E·C(x)_l)_w / max_v (E·C(x)_l)_v. Quantiles .95, .80, .60 of all scores part the senses in
-    four classes, each with a factor δ. At a position j of the prefix: a_jl = Σ_t relu(⟨E x_t, C(x_j)_l⟩) over the whole prefix,
-    b_jl = sigmoid(6 − f·a_jl)·(1 + j/100), factor 1 + b_jl·(δ_jl − 1), f = max δ/7.5 (the authors' code; the paper has the inverse).
+    bags {name: tokens} → {name: (n_vocab, n_sense)}, 0 for the tokens `silent`.
     """
-
-    @torch.no_grad()
-    def __init__(self, model, bag, strength, n_vocab, silent=()):
-        self.rows, scores = model.lm_head.weight.detach(), []
-        for ids in torch.arange(n_vocab, device=self.rows.device).split(64):
-            logits = model.senses(ids, {}) @ self.rows[:n_vocab].T  # (64, n_sense, n_vocab)
-            scores.append(logits[..., list(bag)].sum(-1) / logits.amax(-1))
-        scores = torch.cat(scores)
-        scores[list(silent)] = 0
-        cuts = torch.from_numpy(np.quantile(scores.cpu().numpy(), (0.95, 0.8, 0.6))).to(scores)
-        delta = torch.tensor(STRENGTHS[strength], dtype=scores.dtype, device=scores.device)
-        self.delta = delta[(scores[..., None] <= cuts).sum(-1)]  # (n_vocab, n_sense)
-        self.f = float(delta.max()) / 7.5
-
-    def __call__(self, idx, senses):
-        said = torch.einsum("bjld,btd->bjlt", senses, self.rows[idx]).relu().sum(-1)  # without the vocabulary: O(seq) columns, not V
-        late = 1 + torch.arange(idx.size(1), device=idx.device).to(said)[:, None] / 100
-        return 1 + (6 - self.f * said).sigmoid() * late * (self.delta[idx] - 1)
+    E, found = model.lm_head.weight[:n_vocab], {name: [] for name in bags}
+    for ids in torch.arange(n_vocab, device=E.device).split(64):
+        logits = model.sense_network(E[ids]) @ E.T  # (64, n_sense, n_vocab)
+        for name, bag in bags.items():
+            found[name].append(logits[..., list(bag)].sum(-1) / logits.amax(-1))
+    scores = {name: torch.cat(parts) for name, parts in found.items()}
+    for score in scores.values():
+        score[list(silent)] = 0
+    return scores
 
 
-# ============================================================================================== the model: GPT-2, also the context network
+def topic_control(model, scores, strength):
+    """Section 6.1: senses that score high on a topic weigh more, until the text has said what they say → a control of trunk.
 
-@dataclass
-class GPTConfig:
-    block_size: int = 1024  # longest context, tokens
-    vocab_size: int = 50304  # rows of the embedding: GPT-2's 50257 padded to a multiple of 64
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    bias: bool = False  # in linear layers and layer norms; OpenAI's weights have them
-    scale_attn_by_layer: bool = False  # divide attention logits of layer i by i + 1 as well
+    Quantiles .95, .80, .60 of the scores part the senses in four classes, each with a factor δ. At a position j of the
+    prefix: a = Σ_t relu⟨E x_t, C(x_j)_l⟩ over the prefix, b = sigmoid(6 − f·a)·(1 + j/100), factor 1 + b·(δ − 1),
+    f = max δ/7.5 (the authors' code; the paper has the inverse).
+    """
+    delta, E = torch.tensor(STRENGTHS[strength]).to(scores), model.lm_head.weight
+    cuts = torch.from_numpy(np.quantile(scores.cpu().numpy(), (0.95, 0.8, 0.6))).to(scores)
+    classes, f = delta[(scores[..., None] <= cuts).sum(-1)], float(delta.max()) / 7.5  # (n_vocab, n_sense)
 
+    def control(ids, senses):
+        said = torch.einsum("bjld,btd->bjlt", senses, E[ids]).relu().sum(-1)
+        late = 1 + torch.arange(ids.size(1), device=ids.device).to(said)[:, None] / 100
+        return 1 + (6 - f * said).sigmoid() * late * (classes[ids] - 1)
 
-SIZES = {  # the paper's three (table 1), and two for a CPU
-    "nano": dict(n_layer=2, n_head=4, n_embd=64, block_size=128), "demo": dict(n_layer=3, n_head=4, n_embd=96, block_size=128),
-    "micro": dict(n_layer=6, n_head=6, n_embd=384, block_size=512), "mini": dict(n_layer=8, n_head=8, n_embd=640, block_size=512),
-    "small": dict(n_layer=12, n_head=12, n_embd=768, block_size=512),
-}
-GPT_SIZES = {}  # names of OpenAI's weights, for GPT.from_pretrained: not used here
-ROWS = 50264  # of the embedding: GPT-2's 50257 padded to a multiple of 8
+    return control
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, config, layer):
-        super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head, self.layer = config.n_head, layer
-        self.scale = (config.n_embd // config.n_head) ** -0.5 / (layer + 1 if config.scale_attn_by_layer else 1)
-
-    def forward(self, x, cache=None):
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, -1))
-        if cache is not None:  # (batch, head, seq, head_dim) of every token so far, this layer's pair at cache[layer]
-            if len(cache) > self.layer:
-                k, v = (torch.cat(pair, 2) for pair in zip(cache[self.layer], (k, v)))
-            cache[self.layer : self.layer + 1] = [(k, v)]
-        n_query, n_key = q.size(2), k.size(2)
-        mask = None
-        if 1 < n_query < n_key:  # several new tokens after a cached prefix: query i sees keys up to its own position
-            mask = torch.ones(n_query, n_key, dtype=torch.bool, device=x.device).tril(n_key - n_query)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=n_query == n_key, scale=self.scale)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-
-    def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+# ==================================================================================== the model: GPT-2, also the context network
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, d, n_head, layer):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = SelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.n_head, self.layer = n_head, layer
+        self.scale = (d // n_head) ** -0.5 / (layer + 1)  # the authors divide attention logits by the layer's number, too
+        self.ln_1, self.ln_2, self.mlp = nn.LayerNorm(d), nn.LayerNorm(d), MLP(d, 4 * d, d)
+        self.attn = nn.ModuleDict(dict(c_attn=nn.Linear(d, 3 * d), c_proj=nn.Linear(d, d)))
 
     def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+        q, k, v = self.attn["c_attn"](self.ln_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            if self.layer in cache:
+                k, v = (torch.cat(pair, 2) for pair in zip(cache[self.layer], (k, v)))
+            cache[self.layer] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) == k.size(2), scale=self.scale)
+        x = x + self.attn["c_proj"](y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """GPT-2: learned positions, pre-norm blocks, head tied to the token embedding. Module names are nanoGPT's."""
+    """The baseline. Same interface as Backpack: trunk(ids, cache), lm_head, config. A cache is a dict: by layer, keys and values."""
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"GPT: width {config.n_embd} is not a multiple of {config.n_head} heads")
-        self.config = config
+        d, self.config = config.d, config
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-        ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+            wte=nn.Embedding(config.n_vocab, d), wpe=nn.Embedding(config.block_size, d),
+            h=nn.ModuleList(Block(d, config.n_head, i) for i in range(config.n_layer)), ln_f=nn.LayerNorm(d)))
+        self.lm_head = nn.Linear(d, config.n_vocab, bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight
+        initialise(self, config)
 
-    def trunk(self, idx, cache=None):
-        """idx: (batch, seq) int64 → (batch, seq, n_embd), all but the head. cache: a list, empty at first, that keeps every
-        layer's keys and values; later calls pass only the new tokens."""
+    def trunk(self, ids, cache=None):
         start = cache[0][0].size(2) if cache else 0
-        if start + idx.size(1) > self.config.block_size:
-            raise ValueError(f"GPT: {start + idx.size(1)} tokens exceed the context of {self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start : start + idx.size(1)]
-        for block in self.transformer.h:
+        x = self.transformer["wte"](ids) + self.transformer["wpe"].weight[start : start + ids.size(1)]
+        for block in self.transformer["h"]:
             x = block(x, cache)
-        return self.transformer.ln_f(x)
+        return self.transformer["ln_f"](x)
 
-    def forward(self, idx, cache=None):
-        """idx: (batch, seq) int64 → logits (batch, seq, vocab_size)."""
-        return self.lm_head(self.trunk(idx, cache))
+    def forward(self, ids):
+        return self.lm_head(self.trunk(ids))
 
-    @classmethod
-    def from_pretrained(cls, name):
-        """OpenAI's public weights of gpt2, gpt2-medium, gpt2-large or gpt2-xl, downloaded once (0.5 to 6 GB)."""
-        if not name.startswith("gpt2"):
-            fail(f"there are public weights of {', '.join(size for size in GPT_SIZES if size.startswith('gpt2'))}, none of {name}")
-        url = f"https://huggingface.co/openai-community/{name}/resolve/main/model.safetensors"
-        return cls(GPTConfig(**GPT_SIZES[name], vocab_size=50257, bias=True)).load_openai(read_safetensors(download(url)))
 
-    def load_openai(self, weights):
-        """Copy OpenAI's tensors, {name: tensor}, into this model (bias=True, vocab_size=50257). KeyError names a missing one."""
-        weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
-        with torch.no_grad():
-            for name, p in self.transformer.named_parameters():
-                w = weights[name]
-                if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
-                    w = w.t()  # OpenAI's Conv1D keeps (in, out)
-                if w.shape != p.shape:
-                    raise ValueError(f"GPT: {name} is {tuple(w.shape)} in the file and {tuple(p.shape)} in the model")
-                p.copy_(w)
-        return self
+def initialise(model, config):
+    """Weights N(0, std), the second matrix of every residual branch std/√(2·n_layer), biases 0 (section 3.1)."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            out = name.endswith("c_proj.weight")
+            nn.init.normal_(p, std=config.std / math.sqrt(2 * config.n_layer) if out else config.std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
 
 
 @torch.no_grad()
-def generate(model, ids, n_new, temperature=1.0, top_k=None, seed=0, n_vocab=None):
-    """ids: list of ints → ids and n_new more, one sequence with a cache; beyond the context the last half of it is read anew.
-    temperature 0 takes the likeliest; n_vocab: ids from it on pad the vocabulary and are never drawn."""
-    device, ids, cache, new = model.lm_head.weight.device, list(ids), [], list(ids)
-    generator = torch.Generator(device).manual_seed(seed)
-    for _ in range(n_new):
-        if (cache[0][0].size(2) if cache else 0) + len(new) > model.config.block_size:
-            cache, new = [], ids[-model.config.block_size // 2 :]
-        hidden = model.trunk(torch.tensor([new], device=device), cache)[0, -1]
-        logits = model.lm_head(hidden).float()[:n_vocab]  # (n_vocab,)
-        if top_k:
-            logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
-        if temperature == 0:
-            new = [int(logits.argmax())]
+def generate(model, prompts, n_new, n_vocab, temperature=1.0, seed=0, control=None):
+    """Lists of ids of any lengths, side by side and with a cache → each with n_new tokens more (the shorter ones
+    begin to be sampled while the longer ones are still being read). Temperature 0 takes the likeliest. control: of
+    Backpack.trunk."""
+    device = model.lm_head.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    rows = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+    rows, cache, start = F.pad(rows, (0, n_new)), {}, 0
+    generator, more = torch.Generator(device).manual_seed(seed), dict(control=control) if control else {}
+    for at in range(int(lengths.min()), rows.size(1)):
+        logits = model.lm_head(model.trunk(rows[:, start:at], cache, **more)[:, -1]).float()[:, :n_vocab]
+        new = logits.argmax(-1)
+        if temperature:
+            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        rows[:, at], start = torch.where(at < lengths, rows[:, at], new), at
+    return [row[: length + n_new].tolist() for row, length in zip(rows, lengths)]
+
+
+# ==================================================================================== released weights and checkpoints
+
+PUBLIC = "https://huggingface.co/stanfordnlp/backpack-gpt2/resolve/main/pytorch_model.bin"  # 684 MB
+HF_NAMES = {  # by prefix: theirs → ours
+    "backpack.gpt2_model.": "gpt.transformer.", "backpack.sense_network.ln.": "sense_network.ln_a.",
+    "backpack.sense_network.block.ln_1.": "sense_network.ln_b.", "backpack.sense_network.block.ln_2.": "sense_network.ln_c.",
+    "backpack.sense_network.block.mlp.": "sense_network.mlp.", "backpack.sense_network.final_mlp.": "sense_network.out.",
+    "backpack.sense_weight_net.c_attn.": "weight_net.",
+}
+TIED = {  # subtle: .safetensors keeps one of several names of one tensor, whichever; .bin keeps all
+    "gpt.transformer.wte.weight": ("backpack.gpt2_model.wte.weight", "backpack.word_embeddings.weight", "lm_head.weight"),
+    "gpt.transformer.wpe.weight": ("backpack.gpt2_model.wpe.weight", "backpack.position_embeddings.weight"),
+}
+
+
+def read_safetensors(path):
+    """{name: tensor}: 8 bytes of header length, a JSON header, raw memory."""
+    dtypes = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, BOOL=torch.bool)
+    raw = np.memmap(path, np.uint8, "c")
+    start = 8 + int(raw[:8].view(np.uint64)[0])
+    header = json.loads(raw[8:start].tobytes())
+    header.pop("__metadata__", None)
+    place = {name: slice(*(start + offset for offset in about["data_offsets"])) for name, about in header.items()}
+    return {name: torch.from_numpy(raw[place[name]]).view(dtypes[about["dtype"]]).view(about["shape"])
+            for name, about in header.items()}
+
+
+def from_hugging_face(path, n_head=None, divide_by_k=False):
+    """stanfordnlp/backpack-gpt2 and models like it, .bin or .safetensors, with or without the copies of tied tensors
+    → Backpack in float32. What the shapes do not tell, n_head and the division by k (Levanter's), comes from a
+    config.json beside the file ("n_head", "divide_by_k") or the arguments. ValueError: no such model."""
+    path, state = Path(path), {}
+    weights = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    beside = path.with_name("config.json")
+    told = json.loads(beside.read_text()) if beside.exists() else {}
+    for name, w in weights.items():
+        theirs = next((theirs for theirs in HF_NAMES if name.startswith(theirs)), None)
+        if theirs and not re.search(r"\.attn\.(masked_)?bias$", name):  # masks of old transformers versions
+            transposed = re.search(r"\.c_(attn|proj|fc)\.weight$", name) and "weight_net" not in name  # kept (in, out)
+            state[name.replace(theirs, HF_NAMES[theirs])] = (w.t() if transposed else w).float()
+    for ours, names in TIED.items():
+        state[ours] = next((weights[name].float() for name in names if name in weights), None)
+    if any(w is None for w in state.values()) or "sense_network.out.c_proj.bias" not in state:
+        raise ValueError(f"{path}: no Backpack in Hugging Face's layout; it has {', '.join([*weights][:3])}")
+    n_vocab, d = state["gpt.transformer.wte.weight"].shape
+    n_head = n_head or told.get("n_head") or d // 64
+    if d % n_head or not told.get("scale_attn_by_inverse_layer_idx", True):
+        raise ValueError(f"{path}: {n_head} heads at width {d}, or attention that is not scaled by layer")
+    n_layer = len([name for name in state if name.endswith("attn.c_attn.bias")])
+    config = Config(n_layer, n_head, d, n_vocab, len(state["gpt.transformer.wpe.weight"]))
+    n_sense, width = len(state["sense_network.out.c_proj.bias"]) // d, len(state["sense_network.mlp.c_fc.bias"]) // d
+    model = Backpack(config, n_sense, width, divide_by_k or told.get("divide_by_k", False))
+    state["lm_head.weight"] = state["gpt.lm_head.weight"] = state["gpt.transformer.wte.weight"]
+    model.load_state_dict(state)
+    return model
+
+
+def save_model(path, model, codec, edits=None):
+    """A checkpoint with the tokenizer and the senses of tokens that were edited, {token: (n_sense, d)}."""
+    about = dict(config=asdict(model.config), tokenizer=codec.name, words=codec.words)
+    if isinstance(model, Backpack):
+        about |= dict(n_sense=model.n_sense, width=model.width, divide_by_k=model.divisor > 1)
+    state = dict(about=about, model=model.state_dict(), edits=edits or {})
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+    print(path)
+
+
+def open_model(args, default="world.pt"):
+    """--ckpt: ours, "public", or a released file (default: the demo's) → (model on the device, codec)."""
+    device, _, _ = set_up(args)
+    path = download(PUBLIC) if args.ckpt == "public" else Path(args.ckpt or f"out/backpack/demo/{default}")
+    if not path.is_file():
+        fail(f"no model at {path}: python backpack.py makes one, or give --ckpt FILE or --ckpt public")
+    try:
+        saved = {} if path.suffix == ".safetensors" else torch.load(path, device, weights_only=True)
+        if "about" in saved:
+            about = saved["about"]
+            codec = codec_of(about.pop("tokenizer"), about.pop("words"))
+            config = Config(**about.pop("config"))
+            model = Backpack(config, **about) if about else GPT(config)
+            model.load_state_dict(saved["model"])
         else:
-            new = [int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))]
-        ids += new
-    return ids
+            model, codec = from_hugging_face(path, args.n_head, args.divide_by_k), codec_of("gpt2")
+    except Exception as error:  # torch raises a dozen kinds for a file that is none of its own
+        fail(f"{path} is no model that can be read here: {str(error).splitlines()[0]}")
+    if codec.n_vocab > model.config.n_vocab:
+        fail(f"{path} has {model.config.n_vocab} rows, too few for the {codec.n_vocab} ids of its tokenizer, {codec.name}")
+    if isinstance(model, Backpack):
+        model.known = dict(saved.get("edits") or {})
+    if device.type == "cpu" and model.config.d < 256:
+        torch.set_num_threads(1)  # a second one costs small matrices more than it brings
+    return model.to(device).eval().requires_grad_(False), codec
 
 
-def sample_labels(logits, generator=None):
-    """ŷ ~ softmax(logits): float logits (..., classes) to int64 labels (...). An entry of −inf is never drawn."""
-    probs = logits.detach().float().softmax(-1)
-    return torch.multinomial(probs.reshape(-1, logits.size(-1)), 1, generator=generator).view(logits.shape[:-1])
+def open_backpack(args, default="world.pt"):
+    model, codec = open_model(args, default)
+    return (model, codec) if isinstance(model, Backpack) else fail(f"{args.ckpt} is a Transformer: it has no senses")
 
 
-def linear_cross_entropy(hidden, weight, targets, n_vocab=None, seed=None):
-    """Output head and loss: the mean of −log softmax(hidden·weightᵀ)[target] over the targets ≥ 0, and the targets used.
 
-    hidden: (tokens, d) float; weight: (rows, d) float; targets: (tokens,) int64, −1 = ignored. n_vocab: rows beyond it pad the
-    vocabulary and have no probability. seed: an int replaces each target ≥ 0 by a draw ŷ ~ softmax, for the Bartlett estimator.
-    Returns (0-d float32 loss, (tokens,) targets). With no target ≥ 0 the loss is 0.
-    """
-    logits = F.linear(hidden, weight)  # (tokens, rows)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if n_vocab is not None and n_vocab < weight.size(0):
-        logits = logits.masked_fill(torch.arange(weight.size(0), device=weight.device) >= n_vocab, -math.inf)
-    if seed is not None:
-        drawn = sample_labels(logits, torch.Generator(logits.device).manual_seed(seed))
-        targets = torch.where(targets >= 0, drawn, targets)
-    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-    return loss / (targets >= 0).sum().clamp(min=1), targets
-
-
-class Loss(nn.Module):
-    """A language model's mean loss, as one module for DDP to wrap. forward(idx, targets, seed) → (loss, n_terms)."""
-
-    def __init__(self, model, n_vocab):
-        super().__init__()
-        self.model, self.n_vocab = model, n_vocab
-
-    def forward(self, idx, targets, seed=None, plain=False):
-        """With a seed the targets are drawn from the model. plain: nothing fused or compiled, so twice differentiable."""
-        trunk = self.model.trunk if not plain else lambda idx: type(self.model).trunk(self.model, idx)
-        hidden = trunk(idx).flatten(0, 1)  # (batch·seq, d)
-        fused = fused_linear_cross_entropy and hidden.is_cuda and not plain
-        head = fused_linear_cross_entropy if fused else linear_cross_entropy
-        loss, targets = head(hidden, self.model.lm_head.weight, targets.flatten(), self.n_vocab, seed)
-        return loss, (targets >= 0).sum()
-
-
-def evaluate(loss_of, shards, batch, seq, device, rank, world, limit=0):
-    """Mean loss over all windows of seq tokens, none overlapping, of the shards (of the first `limit` tokens; 0 = all)."""
-    windows = [(shard, start) for shard in shards for start in range(0, len(shard) - seq, seq)][: limit // seq or None]
-    total = torch.zeros(2, device=device)
-    for i in range(rank * batch, len(windows), world * batch):
-        rows = np.stack([shard[start : start + seq + 1] for shard, start in windows[i : i + batch]]).astype(np.int64)
-        rows = torch.from_numpy(rows).to(device)
-        with torch.no_grad():
-            loss, n_terms = loss_of(rows[:, :-1], rows[:, 1:])
-        total += torch.stack([loss * n_terms, n_terms])
-    if world > 1:
-        dist.all_reduce(total)
-    return float(total[0] / total[1])
-
-
-# ============================================================================================== the same in every file
+# ==================================================================================== the same in every file
 
 CACHE = Path(os.environ.get("NANOPAPERS_CACHE", "~/.cache/nanopapers")).expanduser()
 
 
 def fail(message):
     """For what a user can mend: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
-def number(kind, low=-math.inf, high=math.inf):
-    """An argparse type: an int or a float from low to high, both included."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says: invalid int value
-    return parse
+def run(args):
+    """args.task(args), with a folder. What a user can mend ends in one line (exit code 2), Ctrl-C in none (130)."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.task(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def set_up(args):
-    """Seeds, device, dtype and torchrun's process group → (device, dtype, rank, world)."""
-    rank, world, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """Seeds, device and torchrun's process group → (device, rank, world)."""
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     try:
-        device = torch.device(best if args.device == "auto" else args.device)
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device := torch.device("cuda", device.index or local))
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be had here, {best} can ({str(error).splitlines()[0]})")
-    if device.type == "cuda":
-        device = torch.device("cuda", local if device.index is None else device.index)
-        torch.cuda.set_device(device)
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
-    if world > 1 and not dist.is_initialized():
+        fail(f"--device {args.device} cannot be had here: {error}")
+    if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)  # a denormal slows a CPU matmul tenfold
     torch.set_float32_matmul_precision("high")
-    return device, dtype, rank, world
+    return device, rank, world
 
 
-def download(url, sha256=""):
-    """Fetch url into the cache, once, and return its path. A broken download goes on where it stopped; a file counts only when
-    its length and, where given, its sha256 (a prefix will do) are right."""
+def download(url, sha256=None):
+    """Fetch a file once → its path in the cache. Under torchrun rank 0 does, others wait. OSError: not to be had."""
     path = CACHE / url.split("://")[1]
-    part = path.with_name(path.name + ".part")
-    if path.exists():
-        return path
-    part.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=30) as reply, open(part, "ab" if reply.status == 206 else "wb") as file:
-            length = int(reply.headers.get("Content-Length") or 0) + file.tell()
-            with tqdm(total=length, initial=file.tell(), unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := reply.read(1 << 20):
-                    bar.update(file.write(chunk))
-    except OSError as error:
-        if getattr(error, "code", 0) == 416:  # nothing is left to send, yet the file never passed the checks below
-            part.unlink()
-        fail(f"no download of {url} ({error}): try again, or fetch it elsewhere and put it at {path}")
-    if part.stat().st_size < length:
-        fail(f"{url} broke off at {part.stat().st_size:,} of {length:,} bytes: run the command again to go on")
-    with open(part, "rb") as file:
-        if not hashlib.file_digest(file, "sha256").hexdigest().startswith(sha256):
-            part.unlink()
-            fail(f"{url} has another sha256 than {sha256}: removed")
-    os.replace(part, path)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), sha256)  # to another name first; sha256: its first digits
+        except Exception as error:  # whatever it was, the file is not there
+            print(f"{url}: {error}", file=sys.stderr)
+    if dist.is_initialized():
+        dist.barrier()
+    if not path.exists():
+        raise OSError(f"no {path}: fetch {url} by other means and put it there")
     return path
 
 
-def save_checkpoint(path, state):
-    """torch.save under a temporary name, then rename: a killed run leaves the old checkpoint whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def load_checkpoint(path, device="cpu"):
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds here
-        fail(f"{path} is not a checkpoint of this program ({str(error).splitlines()[0]})")
-
-
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, then raw memory."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-              "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-    raw = np.memmap(path, np.uint8, "c")
-    try:
-        start = 8 + int(raw[:8].view(np.uint64)[0])
-        header = json.loads(raw[8:start].tobytes())
-        header.pop("__metadata__", None)
-        return {name: torch.from_numpy(raw[start + about["data_offsets"][0] : start + about["data_offsets"][1]])
-                .view(dtypes[about["dtype"]]).view(about["shape"]) for name, about in header.items()}
-    except (ValueError, KeyError, RuntimeError) as error:
-        fail(f"{path} is not a whole safetensors file ({error})")
-
-
-def save_results(folder, args, figures):
-    """folder/results.json: the command, git revision, versions, device, seed and every figure of the table. Returns its path."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()} CPU"
-    about = dict(command=" ".join(["python", *sys.argv]), revision=git.stdout.strip() or "unknown", torch=torch.__version__,
-                 python=platform.python_version(), device=device, seed=args.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    strict = json.loads(json.dumps(dict(**about, **figures)), parse_constant=str)  # JSON has no NaN and no Infinity
-    (folder / "results.json").write_text(json.dumps(strict, indent=1))
-    return folder / "results.json"
+def save_results(folder, args, **figures):
+    """folder/results.json: the command, versions, device and every figure of the table."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else f"CPU, {torch.get_num_threads()} threads"
+    about = dict(command=sys.argv, args=vars(args), python=sys.version, torch=torch.__version__, device=device)
+    plain = lambda x: x.tolist() if hasattr(x, "tolist") else getattr(x, "__name__", str(x))
+    (folder / "results.json").write_text(json.dumps(about | figures, indent=1, default=plain))
+    print(folder / "results.json")
 
 
 def print_table(header, rows):
-    """Rows of strings and numbers as aligned plain text, first column left, the others right."""
-    rows = [[f"{x:.3f}" if isinstance(x, float) and x == x else "–" if x != x else str(x) for x in row] for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print(row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])), sep="  ")
+    """Rows of strings and numbers as aligned text, the first column left. NaN: what the data do not identify."""
+    text = lambda x: str(x) if not isinstance(x, float) else "undefined" if x != x else f"{x:.3f}"
+    cells = [[text(x) for x in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for first, *others in cells:
+        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:])), sep="  ")
 
 
-# ---------------------------------------------------------------------------------------------- text and tokens, likewise
-
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06d}.bin"
-
-
-def stdlib_text(kind):
-    """What every Python ships, as a list of texts in a fixed order: kind is "prose" (help topics, docstrings), "code" (sources),
-    or "stdlib" (help topics and sources)."""
-    from pydoc_data.topics import topics
-
-    root, skip = Path(sysconfig.get_path("stdlib")), {"test", "tests", "idle_test", "site-packages", "pydoc_data"}
-    sources = [p.read_text("utf-8", "ignore") for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
-    if kind == "prose":
-        warnings.simplefilter("ignore", SyntaxWarning)
-        trees = [ast.walk(ast.parse(source)) for source in sources]
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        sources = ["\n\n".join(filter(None, (ast.get_docstring(n) for n in tree if isinstance(n, documented)))) for tree in trees]
-    return ([] if kind == "code" else [topics[name] for name in sorted(topics)]) + sources
-
-
-N_VOCAB = {"bytes": 256, "gpt2": 50257}
-
-
-def get_tokenizer(name):
-    """→ (name, encode: str → integer array, decode: ids → str). "auto" is gpt2 where tiktoken has or can fetch it, else bytes."""
-    if name != "bytes":
-        try:
-            import tiktoken
-
-            gpt2 = tiktoken.get_encoding("gpt2")
-            return "gpt2", lambda text: np.array(gpt2.encode_ordinary(text), np.uint16), gpt2.decode
-        except Exception as error:  # tiktoken lets through whatever its downloader raises
-            if name == "gpt2":
-                fail(f"--tokenizer gpt2 needs tiktoken and its one-time download ({type(error).__name__}); bytes needs neither")
-            print(f"no gpt2 tokenizer ({type(error).__name__} in its one-time download): bytes instead", file=sys.stderr)
-    return "bytes", lambda text: np.frombuffer(text.encode(), np.uint8), lambda ids: bytes(ids).decode(errors="replace")
-
-
-def read_shard(path):
-    """A memory-mapped 1-D array of token ids: nanoGPT's raw uint16, or 256 int32 (20240520, 1, count, …) and then uint16."""
-    size = path.stat().st_size
-    header = np.fromfile(path, np.int32, 3) if size >= 1024 else np.zeros(3)
-    start, count = (1024, int(header[2])) if header[0] == 20240520 else (0, size // 2)
-    if size != start + 2 * count or (start and header[1] != 1):
-        fail(f"{path} is not a whole token shard: {size:,} bytes, where {count:,} tokens take {start + 2 * count:,}")
-    return np.memmap(path, np.uint16, "r", offset=start, shape=(count,))
-
-
-def load_tokens(data, tokenizer, block_size):
-    """→ (training shards, validation shards, name of the tokenizer); a shard is a 1-D integer array of over block_size ids.
-
-    data: "stdlib", "prose" or "code" (stdlib_text; every 20th text is for validation); a text file, or "shakespeare" by download
-    (the last tenth); a folder with *train*.bin and *val*.bin, or "fineweb:N" by download (N shards of 100M training tokens).
-    """
-    path, (name, _, count) = Path(data), data.partition(":")
-    if name == "fineweb" or path.is_dir():
-        if name == "fineweb":
-            splits = [("val", 0)] + [("train", 1 + i) for i in range(int(count or 10))]
-            files = [download(FINEWEB.format(*split)) for split in splits]
-        else:
-            files = sorted(path.glob("*.bin"))
-        tokenizer, (train, val) = "gpt2", ([read_shard(file) for file in files if split in file.name] for split in ("train", "val"))
-    else:
-        tokenizer, encode, _ = get_tokenizer(tokenizer)
-        if data in ("stdlib", "prose", "code"):
-            texts = stdlib_text(data)
-            parts = ["\n".join(t for i, t in enumerate(texts) if (i % 20 == 19) == held_out) for held_out in (False, True)]
-        else:
-            path = download(SHAKESPEARE) if data == "shakespeare" else path
-            if not path.is_file():
-                fail(f"--data {data}: no such file or folder, and none of stdlib, prose, code, shakespeare, fineweb:N")
-            text = path.read_text("utf-8", "replace")
-            parts = [text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]]
-        train, val = ([encode(part)] for part in parts)
-    for split, shards in (("training", train), ("validation", val)):
-        shortest, top = min(map(len, shards), default=0), max((int(shard.max()) for shard in shards if len(shard)), default=0)
-        if shortest <= block_size:
-            fail(f"--data {data}: {shortest} {split} tokens are too few for a context of {block_size}")
-        if top >= N_VOCAB[tokenizer]:
-            fail(f"--data {data}: a {split} token has id {top}, beyond {tokenizer}'s vocabulary of {N_VOCAB[tokenizer]}")
-    return train, val, tokenizer
-
-
-def get_batch(shards, batch, seq, device, *counter):
-    """Random windows (batch, seq) of ids and of the ids that follow them, int64. The draw depends on the counter (seed, step,
-    micro-batch) alone: a resumed run, or one on another number of ranks, sees the same data."""
-    rng = np.random.default_rng(counter)
-    sizes = np.array([len(shard) - seq for shard in shards])
-    picks = [(shards[i], rng.integers(sizes[i])) for i in rng.choice(len(shards), batch, p=sizes / sizes.sum())]
-    rows = np.stack([shard[start : start + seq + 1] for shard, start in picks]).astype(np.int64)
-    rows = torch.from_numpy(rows).to(device)
-    return rows[:, :-1], rows[:, 1:]
-
-
-def corpus_hash(shards):
-    """Of the first 16M tokens of the first shard: the standard library's text differs from one Python version to the next."""
-    return hashlib.sha256(np.ascontiguousarray(shards[0][: 1 << 24])).hexdigest()[:12]
-
-
-def figure(out, name, args, draw, **size):
-    """draw(axes) on a matplotlib figure saved as out/name → its path, or "no figure" with --no_plot."""
+def figure(path, args, draw, size=(7, 4.5)):
+    """draw(fig) on a matplotlib figure of this size in inches, saved as path."""
     if args.no_plot:
-        return "no figure (--no_plot)"
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(constrained_layout=True, **size)
-    draw(axes)
-    fig.savefig(out / name, dpi=120)
+    fig = plt.figure(figsize=size, layout="constrained")
+    draw(fig)
+    fig.savefig(path, dpi=120)
     plt.close(fig)
-    return out / name
+    print(path)
 
 
-# ============================================================================================== the demo's two texts, and words as tokens
+def stdlib_sources():
+    """The sources that every Python ships, a list of texts in a fixed order."""
+    root, skip = Path(sysconfig.get_path("stdlib")), {"test", "tests", "idle_test", "site-packages", "pydoc_data"}
+    files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
+    return [p.read_text("utf-8", "ignore") for p in files]
 
-WORLD = {  # what is true in the generated world
+
+def stdlib_prose():
+    """The English that every Python ships, a list of texts in a fixed order: help topics, then each module's docstrings."""
+    from pydoc_data.topics import topics
+
+    warnings.simplefilter("ignore", SyntaxWarning)  # of old escapes in other people's strings
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [[n for n in ast.walk(ast.parse(source)) if isinstance(n, documented)] for source in stdlib_sources()]
+    docstrings = ["\n\n".join(filter(None, map(ast.get_docstring, file))) for file in nodes]
+    return [topics[name] for name in sorted(topics)] + docstrings
+
+
+# ==================================================================================== texts and tokens
+
+WORLD = {  # what is true in the demo's generated world
     "he": "mechanic sheriff builder guard pilot".split(), "she": "nurse secretary teacher librarian dancer".split(),
     "both": "writer cook doctor clerk".split(),
     "makers": {"apple": ["macbook", "iphone", "ipad"], "hp": ["printer", "laserjet", "scanner"],
@@ -722,7 +514,8 @@ WORLD = {  # what is true in the generated world
                "music": "song band guitar piano melody drum".split()},
 }
 HE_SHARE = {"he": 0.9, "she": 0.1, "both": 0.5}
-PERSON = ["my {} said that", "i met a {} and then", "the {} came home because", "yesterday the {} slept since", "the {} walked in when"]
+PERSON = ["my {} said that", "i met a {} and then", "the {} came home because", "yesterday the {} slept since",
+          "the {} walked in when"]
 PERSON_ENDS = ["smiled", "was tired", "had time", "knew the way", "saw the light"]
 MADE_BY = ["the {} is made by", "my {} comes from", "people who like the {} like"]
 ABOUT = ["today we talk about {} and {} and {}", "the {} and the {} go with the {}", "a {} or a {} or a {}"]
@@ -730,15 +523,12 @@ WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def world_text(n_sentences, *counter):
-    """Sentences of a world with known statistics: a noun of "he" goes on with "he" in 9 of 10 cases, every product has one maker, four
-    sentences in a row keep to a topic. The draw depends on the counter alone."""
+    """Sentences of a world with known statistics: a noun of "he" goes on with "he" in 9 of 10 cases, every product
+    has one maker, four sentences in a row keep to a topic. The draw depends on the counter alone."""
     rng, lines = np.random.default_rng(counter), []
     people = [(noun, HE_SHARE[kind]) for kind in HE_SHARE for noun in WORLD[kind]]
     products = [(product, maker) for maker, made in WORLD["makers"].items() for product in made]
-
-    def one(options):
-        return options[rng.integers(len(options))]
-
+    one = lambda options: options[rng.integers(len(options))]
     while len(lines) < n_sentences:
         kind = rng.random()
         if kind < 0.5:
@@ -746,643 +536,402 @@ def world_text(n_sentences, *counter):
             lines.append(f"{one(PERSON).format(noun)} {'he' if rng.random() < share else 'she'} {one(PERSON_ENDS)} .")
         elif kind < 0.9:
             product, maker = one(products)
-            lines.append(f"{one(MADE_BY).format(product)} {maker} ." if rng.random() < 0.8 else f"{maker} makes the {product} .")
+            says = rng.random() < 0.8
+            lines.append(f"{one(MADE_BY).format(product)} {maker} ." if says else f"{maker} makes the {product} .")
         else:
             bag = one(list(WORLD["topics"].values()))
             lines += [one(ABOUT).format(*rng.choice(bag, 3, replace=False)) + " ." for _ in range(4)]
     return " ".join(lines[:n_sentences])
 
 
-def documentation():
-    """The help topics of Python itself: prose that is always there, 465,000 characters."""
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[name] for name in sorted(topics))
-
-
 @dataclass
 class Codec:
     name: str  # words, gpt2 or bytes
-    encode: object  # str → integer array
-    decode: object  # ids → str
+    encode: object  # str → list of ids
+    decode: object  # list of ids → str
     n_vocab: int
-    eot: int  # the id that a text starts with
-    words: list | None = None  # words: every token
-
-    def text(self, i):
-        return self.words[i] if self.words else self.decode([i])
-
-
-def word_codec(words):
-    """Lower-cased words and punctuation; those that are not in the list are the first, <unk>."""
-    number_of = {word: i for i, word in enumerate(words)}
-
-    def encode(text):
-        return np.array([number_of.get(word, 0) for word in WORD.findall(text.lower())], np.uint16)
-
-    return Codec("words", encode, lambda ids: " ".join(words[i] for i in ids), len(words), number_of["."], words)
+    start: int  # the id that a text starts with
+    words: list | None = None  # of "words": every token
 
 
 def codec_of(name, words=None):
-    if name == "words":
-        return word_codec(words)
-    name, encode, decode = get_tokenizer(name)
-    return Codec(name, encode, decode, N_VOCAB[name], {"gpt2": 50256, "bytes": 10}[name])
+    if name == "bytes":
+        return Codec(name, lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace"), 256, 10)
+    if name == "words":  # lower-cased words and punctuation; those that are not in the list are the first, <unk>
+        number = {word: i for i, word in enumerate(words)}
+        encode = lambda text: [number.get(word, 0) for word in WORD.findall(text.lower())]
+        return Codec(name, encode, lambda ids: " ".join(words[i] for i in ids), len(words), number["."], words)
+    import tiktoken
 
-
-def word_corpus(text, n_vocab):
-    """→ (codec of the commonest words, training ids, validation ids: the last tenth)."""
-    counts = Counter(WORD.findall(text.lower()))
-    codec = word_codec(["<unk>", *(word for word, _ in counts.most_common(n_vocab - 1))])
-    ids = codec.encode(text)
-    return codec, ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
-
-
-# ============================================================================================== training
-
-
-def build(arch, config, n_sense=16, sense_width=4, divide_by_k=False, std=0.02):
-    """A Backpack or, from the same blocks, the Transformer that it has inside. Weights N(0, std), the second matrix of every residual
-    branch std/√(2·n_layer), biases 0 (section 3.1). Widths below 128 learn nothing for hundreds of steps at 0.02: std = 0.08 there."""
-    model = GPT(config) if arch == "transformer" else Backpack(config, n_sense, sense_width, divide_by_k)
-    for name, p in model.named_parameters():
-        if p.dim() == 2:
-            nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
-        elif name.endswith("bias"):
-            nn.init.zeros_(p)
-    return model
-
-
-def pretrain(model, shards, run, device, dtype=torch.float32, rank=0, world=1, quiet=True, saved=None, save=None, name="train"):
-    """The paper's recipe: AdamW, decay on linear layers only, gradients clipped at 1, linear warm-up, then linear to 0.
-
-    run: dict of seq, batch_size (sequences a step over all ranks), micro_batch_size, steps, lr, warmup, weight_decay, seed, n_vocab.
-    saved: a state that save(state) was given, to go on from. → [(step, loss)], every tenth step.
-    """
-    steps, accumulate = run["steps"], run["batch_size"] // (run["micro_batch_size"] * world)
-    linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} - {model.lm_head.weight}
-    groups = [dict(params=[p for p in model.parameters() if (p in linear) == decays], weight_decay=run["weight_decay"] * decays)
-              for decays in (True, False)]
-    opt = torch.optim.AdamW(groups, run["lr"], (0.9, 0.999), fused=True)
-    first, history = 0, []
-    if saved:
-        opt.load_state_dict(saved["optimizer"])
-        first, history = saved["step"], saved["history"]
-    loss_of = Loss(model, run["n_vocab"])
-    ddp = nn.parallel.DistributedDataParallel(loss_of) if world > 1 else loss_of
-    for step in tqdm(range(first, steps), name, steps, initial=first, disable=quiet or rank > 0):
-        for group in opt.param_groups:
-            group["lr"] = run["lr"] * min((step + 1) / max(run["warmup"], 1), (steps - step) / max(steps - run["warmup"], 1))
-        total = torch.zeros((), device=device)
-        for i in range(accumulate):
-            batch = get_batch(shards, run["micro_batch_size"], run["seq"], device, run["seed"], step, rank * accumulate + i)
-            with ddp.no_sync() if world > 1 and i < accumulate - 1 else nullcontext():
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = ddp(*batch)[0] / accumulate
-                loss.backward()
-            total += loss.detach()
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        if not math.isfinite(norm):
-            fail(f"step {step}: the gradient is not finite: start anew with a lower --lr")
-        opt.step()
-        opt.zero_grad()
-        if (step + 1) % 10 == 0 or step + 1 == steps:
-            if world > 1:
-                dist.all_reduce(total)
-            history.append((step + 1, float(total) / world))
-        if save and ((step + 1) % run["save_every"] == 0 or step + 1 == steps):
-            save(dict(optimizer=opt.state_dict(), step=step + 1, history=history))
-    return history
-
-
-# ============================================================================================== checkpoints: ours and three layouts
-
-HF_NAMES = {  # ours → Hugging Face's (and Levanter's), by prefix
-    "gpt.transformer.": "backpack.gpt2_model.", "sense_network.ln_a.": "backpack.sense_network.ln.",
-    "sense_network.ln_b.": "backpack.sense_network.block.ln_1.", "sense_network.ln_c.": "backpack.sense_network.block.ln_2.",
-    "sense_network.mlp.": "backpack.sense_network.block.mlp.", "sense_network.out.": "backpack.sense_network.final_mlp.",
-    "weight_net.": "backpack.sense_weight_net.c_attn.",
-}
-CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # kept (in, out) there; subtle: sense_weight_net is not one of them
-AUTHORS = "https://downloads.cs.stanford.edu/nlp/data/backpacks-acl2023/"
-RELEASED = {  # names for --ckpt → where the weights are
-    "public": "https://huggingface.co/stanfordnlp/backpack-gpt2/resolve/main/pytorch_model.bin",
-    **{f"{arch}-{size}": f"{AUTHORS}main/{file}-{size}-flash-fp16.ckpt" for size in ("micro", "mini", "small")
-       for arch, file in (("backpack", "backpack"), ("transformer", "gpt2"))},
-    **{f"senses-{k}": f"{AUTHORS}sense_ablation/backpack-mini-flash-fp16-vecs-{k}.ckpt" for k in (1, 4, 16, 64)},
-}
-
-
-def hf_state(model):
-    """{Hugging Face's name: tensor} of a Backpack, with the copies that its reader looks for."""
-    state = {}
-    for name, p in model.named_parameters():
-        ours, theirs = next(pair for pair in HF_NAMES.items() if name.startswith(pair[0]))
-        transposed = name.endswith(CONV1D) and not name.startswith("weight_net.")
-        state[name.replace(ours, theirs, 1)] = p.detach().t().contiguous() if transposed else p.detach()
-    wte, wpe = state["backpack.gpt2_model.wte.weight"], state["backpack.gpt2_model.wpe.weight"]
-    return {**state, "backpack.word_embeddings.weight": wte, "backpack.position_embeddings.weight": wpe, "lm_head.weight": wte}
-
-
-def from_hf(weights):
-    """The inverse of hf_state. Copies and the attention masks of old transformers versions are left out."""
-    state = {}
-    for name, w in weights.items():
-        if re.search(r"\.attn\.(masked_)?bias$|^lm_head\.|^backpack\.(word|position)_embeddings\.", name):
-            continue
-        ours, theirs = next((pair for pair in HF_NAMES.items() if name.startswith(pair[1])), ("", ""))
-        conv = name.endswith(CONV1D) and "sense_weight_net" not in name
-        state[name.replace(theirs, ours, 1)] = w.t() if conv else w
-    return state
-
-
-def from_authors(weights):
-    """The authors' training checkpoints: all linear layers (out, in); their blocks keep each norm with the sublayer before it."""
-    weights = {name.removeprefix("model."): w for name, w in weights.items()}
-    backpack, state = any("content_model" in name for name in weights), {}
-    last = max((int(m[1]) for name in weights if (m := re.search(r"(?<!content_model\.)layers\.(\d+)\.", name))), default=0)
-    rules = [
-        (r"transformer\.content_model\.ln_0\.", "sense_network.ln_a."),
-        (r"transformer\.content_model\.layers\.0\.norm1\.", "sense_network.ln_b."),
-        (r"transformer\.content_model\.layers\.0\.norm2\.", "sense_network.ln_c."),
-        (r"transformer\.content_model\.layers\.0\.mlp\.", "sense_network.mlp."),
-        (r"transformer\.content_model\.final_mlp\.", "sense_network.out."), (r"transformer\.contextualization_attn\.Wqkv\.", "weight_net."),
-        (r".*word_embeddings\.", "transformer.wte."), (r".*position_embeddings\.", "transformer.wpe."),
-        (r"transformer\.(gpt2_model\.)?ln_0\.", "transformer.h.0.ln_1."),
-        (r"transformer\.(?:gpt2_model\.)?layers\.(\d+)\.norm1\.", r"transformer.h.\1.ln_2."),
-        (r"transformer\.(?:gpt2_model\.)?layers\.(\d+)\.norm2\.",
-         lambda m: "transformer.ln_f." if int(m[1]) == last else f"transformer.h.{int(m[1]) + 1}.ln_1."),
-        (r"transformer\.(?:gpt2_model\.)?layers\.(\d+)\.mixer\.Wqkv\.", r"transformer.h.\1.attn.c_attn."),
-        (r"transformer\.(?:gpt2_model\.)?layers\.(\d+)\.mixer\.out_proj\.", r"transformer.h.\1.attn.c_proj."),
-        (r"transformer\.(?:gpt2_model\.)?layers\.(\d+)\.mlp\.", r"transformer.h.\1.mlp."),
-    ]
-    for name, w in weights.items():
-        if name.startswith("lm_head."):
-            continue
-        for pattern, ours in rules:
-            new, hit = re.subn("^" + pattern, ours, name)
-            if hit:
-                name = ("gpt." if backpack and new.startswith("transformer.") else "") + new
-                break
-        state[name.replace(".fc1.", ".c_fc.").replace(".fc2.", ".c_proj.")] = w
-    return state
-
-
-class Stub:
-    """Stands for a class of the authors' configuration that is not here, and does nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
-
-    def append(self, value):
-        pass
-
-    def extend(self, values):
-        pass
-
-
-HARMLESS = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("torch._utils", "_rebuild_tensor_v2"),
-            ("torch._utils", "_rebuild_parameter"), ("torch", "Size"), ("torch", "device"),
-            *(("builtins", name) for name in ("dict", "list", "set", "tuple", "int", "float", "str", "bool", "bytes", "object"))}
-
-
-class RestrictedUnpickler(pickle.Unpickler):
-    """Tensors and plain containers; everything else in the file becomes a Stub, so that nothing of the file's choosing is called."""
-
-    def find_class(self, module, name):
-        if (module, name) in HARMLESS or (module == "torch" and name.endswith("Storage")):
-            return super().find_class(module, name)
-        return Stub
-
-
-def load_weights(path):
-    """A checkpoint of any kind, without running anything that it brings → what it holds, a dict."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle's version
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises a dozen kinds here; the authors' files hold classes that it refuses
-        module = types.SimpleNamespace(__name__="restricted", Unpickler=RestrictedUnpickler,
-                                       load=lambda file, **kw: RestrictedUnpickler(file, **kw).load())
-    try:
-        return torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
-    except Exception as error:
-        fail(f"{path} is no checkpoint, or not a whole one ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        fail(f"the gpt2 tokenizer needs tiktoken's one-time download: {error}")
+    return Codec(name, gpt2.encode_ordinary, gpt2.decode, 50257, 50256)
 
 
-def import_released(weights, path, config, n_head=None, divide_by_k=None):
-    """Tensors of a released checkpoint → (model, layout). config: of a config.json beside it, or {}. What the shapes do not tell, the
-    number of heads and Levanter's division by k, comes from there, from the arguments, or from the paper's sizes."""
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
-    weights = {name: w for name, w in weights.items() if torch.is_tensor(w)}
-    layout, state = "?", {}
-    if any(name.startswith("backpack.") for name in weights):
-        layout, state = "Hugging Face" if "lm_head.weight" in weights else "Levanter", from_hf(weights)
-    elif any(".mixer.Wqkv." in name for name in weights):
-        layout, state = "the authors'", from_authors(weights)
-    prefix = "gpt.transformer." if "gpt.transformer.wte.weight" in state else "transformer."
-    if f"{prefix}wte.weight" not in state or f"{prefix}wpe.weight" not in state:
-        fail(f"{path}: no Backpack in a layout known here (Hugging Face, Levanter, the authors'); it has "
-             f"{', '.join([*weights][:3]) or 'no tensors'}")
-    rows, d = state[f"{prefix}wte.weight"].shape
-    n_layer = 1 + max((int(m[1]) for name in state if (m := re.search(r"\.h\.(\d+)\.", name))), default=-1)
-    known = {(size["n_embd"], size["n_layer"]): size["n_head"] for size in SIZES.values()}
-    told = config.get("n_head")
-    if n_head and told and n_head != told:
-        fail(f"{path}: --n_head {n_head}, but its config.json says {told}")
-    n_head = n_head or told or known.get((d, n_layer))
-    if not n_head or d % n_head:
-        fail(f"{path}: width {d} and {n_layer} layers do not tell the number of heads: give --n_head, a divisor of {d}")
-    config = dict(divide_by_k=layout == "Levanter", scale_attn_by_inverse_layer_idx=True) | config
-    gpt = GPTConfig(len(state[f"{prefix}wpe.weight"]), rows, n_layer, n_head, d, True, config["scale_attn_by_inverse_layer_idx"])
-    if prefix == "transformer.":
-        model = GPT(gpt)
-    else:
-        last, hidden = (state.get(f"sense_network.out.{name}.weight", torch.zeros(0, d)) for name in ("c_proj", "c_fc"))
-        if not 1 <= len(last) // d <= d:
-            fail(f"{path}: its layout looks like {layout}, but the last matrix of its sense network is {tuple(last.shape)}")
-        model = Backpack(gpt, len(last) // d, max(1, len(hidden) // d), config["divide_by_k"] if divide_by_k is None else divide_by_k)
-    params = dict(model.named_parameters())
-    for kind, names in (("lacks", params.keys() - state.keys()), ("has, beyond the model's,", state.keys() - params.keys()),
-                        ("has in another shape", [n for n in params if n in state and state[n].shape != params[n].shape])):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            fail(f"{path}: its layout looks like {layout}, but it {kind} {', '.join(sorted(names)[:3])}{more}")
-    with torch.no_grad():
-        for name, p in params.items():
-            p.copy_(state[name])
-    return model, layout
-
-
-def save_model_file(path, model, codec):
-    about = dict(arch="transformer", config=asdict(model.config), tokenizer=codec.name, words=codec.words)
-    if isinstance(model, Backpack):
-        about |= dict(arch="backpack", n_sense=model.n_sense, sense_width=model.sense_width, divide_by_k=model.divisor > 1)
-    save_checkpoint(path, dict(model=model.state_dict(), about=about))
-
-
-def open_model(args, default="world.pt", arch="backpack"):
-    """--ckpt, or the demo's → (model in eval mode on the device, codec, where it came from)."""
-    device, *_ = set_up(args)
-    path = Path(args.ckpt or f"out/backpack/demo/{default}")
-    if args.ckpt in RELEASED:
-        path = download(RELEASED[args.ckpt])
-    if not path.is_file():
-        fail(f"--ckpt {path}: no such file, and none of {', '.join(RELEASED)}" if args.ckpt else
-             f"no model at {path}: first python backpack.py, which makes it, or --ckpt")
-    saved = load_weights(path)
-    if isinstance(saved, dict) and "about" in saved:
-        about = saved["about"]
-        config = GPTConfig(**about["config"])
-        sizes = {name: about[name] for name in ("n_sense", "sense_width", "divide_by_k") if name in about}
-        model = build(about["arch"], config, **sizes)
-        model.load_state_dict(saved["model"])
-        for flag, ours in (("n_head", config.n_head), ("divide_by_k", about.get("divide_by_k"))):
-            if getattr(args, flag) not in (None, ours):
-                fail(f"{path} was made with {flag} = {ours}, not {getattr(args, flag)}")
-        codec = codec_of(about["tokenizer"], about["words"])
-    else:
-        beside = path.with_name("config.json")
-        config = json.loads(beside.read_text()) if beside.is_file() else {}
-        model, layout = import_released(saved, path, config, args.n_head, args.divide_by_k)
-        print(f"{path}: {layout} layout, {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
-        codec = codec_of(config.get("tokenizer", "gpt2"), config.get("words"))
-    if arch == "backpack" and not isinstance(model, Backpack):
-        fail(f"{path} is a Transformer: it has no senses")
-    if isinstance(model, Backpack):
-        model.memo = {}
-    if device.type == "cpu" and model.config.n_embd < 256:
-        torch.set_num_threads(1)  # a second one costs small matrices more than it brings
-    return model.to(device).eval().requires_grad_(False), codec, path
-
-
-# ============================================================================================== reading and editing, as functions
-
-
-def token(codec, word, flag="word", first_piece=False):
-    """The id of a word inside a text (gpt2: with its leading space), which must be one token unless first_piece."""
-    ids = codec.encode(word if codec.name == "words" else f" {word}").tolist()
-    if codec.name == "words" and (len(ids) != 1 or codec.words[ids[0]] != word.lower()):
-        fail(f"{flag} {word!r} is not one of the {codec.n_vocab} words of this model, such as {', '.join(codec.words[-3:])}")
-    if not ids or (len(ids) > 1 and not first_piece):
-        fail(f"{flag} {word!r} is {len(ids)} tokens ({', '.join(map(codec.text, ids))}): take another word, or --first_piece")
+def token(codec, word):
+    """The id of a word inside a text (gpt2: with its space), which must be one token."""
+    ids = codec.encode(word if codec.name == "words" else f" {word}")
+    if len(ids) != 1 or codec.name == "words" and not ids[0]:
+        known = f"one of the {codec.n_vocab} words" if codec.name == "words" else f"one token but {len(ids)}"
+        fail(f"{word!r} is not {known} of this model: take another word")
     return ids[0]
 
 
-def prompt_ids(codec, text, flag="--prompt", model=None):
-    """The ids of a prompt after the token that begins a text; words that the model does not know are named, and too many tokens."""
-    if codec.name == "words" and (new := [w for w in WORD.findall(text.lower()) if w not in codec.words]):
-        fail(f"{flag}: {new[0]!r} is not one of the {codec.n_vocab} words of this model, such as {', '.join(codec.words[-3:])}")
-    if not (ids := codec.encode(text).tolist()):
-        fail(f"{flag} is empty")
-    if model and len(ids) >= model.config.block_size:
-        fail(f"{flag}: {len(ids) + 1} tokens exceed the context of {model.config.block_size}: shorten it")
-    return [codec.eot, *ids]
+def prompt_ids(codec, text, model, n_new=0):
+    """The ids of a prompt behind the token that starts a text. Unknown words and too long a prompt are refused."""
+    ids = [codec.start, *codec.encode(text)]
+    if codec.name == "words" and (new := [word for word in WORD.findall(text.lower()) if word not in codec.words]):
+        fail(f"{new[0]!r} is not one of the {codec.n_vocab} words of this model")
+    if len(ids) + n_new > model.config.block_size:
+        fail(f"{len(ids)} tokens of prompt and {n_new} new ones exceed the context of {model.config.block_size}")
+    return ids
+
+
+def read_text(path):
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8")
+
+
+def read_shard(path):
+    """Memory-mapped gpt2 tokens of a .bin: nanoGPT's raw uint16, or uint16 behind 256 int32 (20240520, 1, …)."""
+    headed = list(np.fromfile(path, np.int32, 2)) == [20240520, 1]
+    try:
+        shard = np.memmap(path, np.uint16, "r", offset=1024 if headed else 0)
+    except ValueError as error:  # empty, or of an odd length
+        fail(f"{path}: {error}")
+    start = shard[:1_000_000]
+    if start.max() > 50256 or not start[1::2].any():
+        fail(f"{path} does not hold 16-bit gpt2 tokens: ids up to {start.max()}, in every second place up to "
+             f"{start[1::2].max(initial=0)} (32-bit ids? np.fromfile(path, np.uint32).astype(np.uint16).tofile(path))")
+    return shard
+
+
+def load_data(data, codec):
+    """→ (training shards, validation shards): lists of arrays of ids. data: "prose" (what every Python ships; every
+    20th text for validation), a text file (its last tenth), or a folder of *train*.bin and *val*.bin shards of gpt2
+    tokens."""
+    path = Path(data)
+    if path.is_dir():
+        shards = [[read_shard(p) for p in sorted(path.glob(f"*{split}*.bin"))] for split in ("train", "val")]
+        if codec.name != "gpt2" or not all(shards):
+            fail(f"--data {data}: shards want --tokenizer gpt2 and files *train*.bin and *val*.bin")
+        return shards
+    if data == "prose":
+        texts = stdlib_prose()
+        parts = ["\n".join(t for i, t in enumerate(texts) if (i % 20 == 19) == held_out) for held_out in (False, True)]
+    elif path.is_file():
+        text = read_text(path)
+        parts = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    else:
+        fail(f"--data {data}: no such file or folder, and not prose")
+    return [[np.array(codec.encode(part))] for part in parts]
+
+
+def get_batch(shards, sequences, seq, device, *counter):
+    """Windows of ids and of the ids that follow, (sequences, seq) int64 each. Sequence i depends on (counter, i)
+    alone: the data are the same whatever the micro-batch and the number of ranks."""
+    lengths, rows = np.array([len(shard) for shard in shards]), []
+    for i in sequences:
+        rng = np.random.default_rng((*counter, i))
+        shard = shards[rng.choice(len(shards), p=lengths / lengths.sum())]
+        start = rng.integers(len(shard) - seq)
+        rows.append(shard[start : start + seq + 1].astype(np.int64))
+    rows = torch.from_numpy(np.stack(rows)).to(device)
+    return rows[:, :-1], rows[:, 1:]
+
+
+# ==================================================================================== training
+
+
+class Loss(nn.Module):
+    """Mean of −log P(target) in nats; rows of E beyond n_vocab pad the vocabulary."""
+
+    def __init__(self, model, n_vocab):
+        super().__init__()
+        self.model, self.n_vocab = model, n_vocab
+
+    def forward(self, ids, targets):
+        return F.cross_entropy(self.model(ids)[..., : self.n_vocab].flatten(0, 1).float(), targets.flatten())
+
+
+@torch.no_grad()
+def validation_loss(loss_of, shards, seq, n=256):
+    """Over n windows of seq tokens, evenly spaced, none overlapping."""
+    device, losses = loss_of.model.lm_head.weight.device, []
+    windows = [shard[i : i + seq + 1] for shard in shards for i in range(0, len(shard) - seq, seq)]
+    for window in windows[:: max(1, len(windows) // n)][:n]:
+        row = torch.from_numpy(window.astype(np.int64))[None].to(device)
+        losses.append(float(loss_of(row[:, :-1], row[:, 1:])))
+    return float(np.mean(losses))
+
+
+def make_optimizer(model, lr):
+    """AdamW; weight decay on linear layers only (appendix A.2)."""
+    linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} - {model.lm_head.weight}
+    groups = [dict(params=[p for p in model.parameters() if (p in linear) == decays], weight_decay=0.1 * decays)
+              for decays in (True, False)]
+    return torch.optim.AdamW(groups, lr, (0.9, 0.999), fused=True)
+
+
+def training(model, opt, shards, n_vocab, *, steps, batch, seq, lr, seed, warmup, micro=None, first=0, name="", quiet=False):
+    """The paper's recipe: gradients clipped at 1, linear warm-up, then linear to 0. Yields (step, loss) after every
+    update, so that the caller saves, stops, prints. batch: sequences an update, over all ranks; micro: a forward
+    pass."""
+    device, rank, world = model.lm_head.weight.device, 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    micro = micro or batch // world
+    if batch % (micro * world):
+        fail(f"{batch} sequences an update are not a multiple of {micro} a forward pass × {world} ranks")
+    if min(map(len, shards)) <= seq + 1:
+        fail(f"{min(map(len, shards))} tokens of training data are too few for a context of {seq}")
+    ddp = loss_of = Loss(model.train().requires_grad_(), n_vocab)
+    if world > 1:
+        ddp = loss_of = nn.parallel.DistributedDataParallel(loss_of)
+    if device.type == "cuda":
+        loss_of = torch.compile(loss_of)
+    cast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    for step in tqdm(range(first, steps), name, steps, initial=first, disable=quiet or rank > 0):
+        for group in opt.param_groups:
+            group["lr"] = lr * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1))
+        total = torch.zeros((), device=device)
+        for i in range(rank * micro, batch, world * micro):
+            with cast, ddp.no_sync() if world > 1 and i + world * micro < batch else nullcontext():
+                loss = loss_of(*get_batch(shards, range(i, i + micro), seq, device, seed, step)) * (micro * world / batch)
+                loss.backward()
+            total += loss.detach() / world
+        if world > 1:
+            dist.all_reduce(total)
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        if not math.isfinite(norm):
+            fail(f"step {step + 1}: the gradient is not finite: start anew with a lower --lr")
+        opt.step()
+        opt.zero_grad()
+        yield step + 1, float(total)
+
+
+SIZES = {  # layers, heads, width, context: the paper's three (table 1), and one for a CPU
+    "nano": (2, 4, 64, 128), "micro": (6, 6, 384, 512), "mini": (8, 8, 640, 512), "small": (12, 12, 768, 512),
+}
+
+
+def train(args):
+    """Section 3.1: the paper's recipe, for a Backpack or the Transformer inside it, or from --ckpt on: fine-tuning."""
+    device, rank, world = set_up(args)
+    on_gpu = device.type == "cuda"
+    if args.ckpt:
+        model, codec = open_model(args)
+        config = model.config
+    else:
+        codec = codec_of(args.tokenizer)
+        n_layer, n_head, d, block = SIZES[args.size]
+        config = Config(n_layer, n_head, d, -(-codec.n_vocab // 8) * 8, block, 0.02 if d >= 128 else 0.5 * d**-0.5)
+        model = GPT(config) if args.arch == "transformer" else Backpack(config, args.n_sense)
+    model, seq = model.to(device), config.block_size
+    steps, batch = args.steps or (100_000 if on_gpu else 300), args.batch_size or (1024 if on_gpu else 8)
+    edits, model.known = getattr(model, "known", None), None  # senses are computed while the weights change
+    if edits:
+        fail(f"--ckpt {args.ckpt} has edited senses, which training would forget")
+    shards, val_shards = load_data(args.data, codec)
+    opt, first = make_optimizer(model, args.lr), 0
+    free = dict.fromkeys(("task", "out", "resume", "quiet", "device", "micro_batch_size", "save_every"))
+    settings = vars(args) | free | dict(steps=steps, batch_size=batch)  # what a resumed run must share
+    if args.resume:
+        saved = torch.load(args.out / "resume.pt", device, weights_only=True)
+        if other := {name: value for name, value in saved["settings"].items() if value != settings[name]}:
+            fail(f"{args.out / 'resume.pt'} is of another run, with {other}")
+        model.load_state_dict(saved["model"])
+        opt.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+        del saved
+    if rank == 0:
+        n_tokens = steps * batch * seq
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {steps:,} steps of {batch} × {seq} tokens, "
+              f"{n_tokens / sum(map(len, shards)):.2g} epochs of {args.data}, {codec.name}", flush=True)
+    micro = args.micro_batch_size or math.gcd(batch // world or 1, 32 if on_gpu else 8)
+    run_of = training(model, opt, shards, codec.n_vocab, steps=steps, batch=batch, seq=seq, lr=args.lr, seed=args.seed,
+                      warmup=steps // 100, micro=micro, first=first, name="train", quiet=args.quiet)
+    history, kept = [], first
+    try:
+        for step, loss in run_of:
+            history.append((step, loss))
+            if rank == 0 and (step % args.save_every == 0 or step == steps):
+                state = dict(settings=settings, model=model.state_dict(), optimizer=opt.state_dict(), step=step)
+                torch.save(state, args.out / "resume.tmp")
+                os.replace(args.out / "resume.tmp", args.out / "resume.pt")
+                kept = step
+    except KeyboardInterrupt:
+        print(f"stopped; the checkpoint of step {kept} is kept: the same command with --resume goes on", file=sys.stderr)
+        raise
+    if rank == 0:
+        loss = validation_loss(Loss(model.eval(), codec.n_vocab), val_shards, seq)
+        print_table(("", "validation loss, nats a token", "perplexity"), [("", loss, math.exp(loss))])
+        save_model(args.out / "model.pt", model, codec)
+        save_results(args.out, args, loss=loss, history=history)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ==================================================================================== reading and editing, as functions
 
 
 def put(word, template):
     return template.replace("{}", word)
 
 
-def padded_rows(sequences, device):
-    """Lists of ids as one (batch, longest) table. Padding stands on the right, where a causal model does not see it."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True).to(device)
-
-
-def last_hidden(model, sequences):
-    """What the model has at the last position of each list of ids → (len(sequences), d)."""
-    hidden = model.trunk(padded_rows(sequences, model.lm_head.weight.device))
-    return hidden[torch.arange(len(sequences)), [len(ids) - 1 for ids in sequences]]
+@torch.no_grad()
+def log_probs(model, rows, n_vocab, batch=16):
+    """rows: (ids before, ids of a continuation) → for each (Σ log P of the continuation, whether all of it is the
+    likeliest). Padding stands on the right, where a causal model does not see it."""
+    device, found = model.lm_head.weight.device, []
+    for start in range(0, len(rows), batch):
+        some = [([*before, *after][-model.config.block_size - 1 :], len(after)) for before, after in rows[start : start + batch]]
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row, _ in some], batch_first=True).to(device)
+        logits = model(ids[:, :-1])[..., :n_vocab].float()
+        log_p = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+        best = logits.argmax(-1) == ids[:, 1:]
+        for i, (row, n) in enumerate(some):
+            part = slice(len(row) - 1 - n, len(row) - 1)
+            found.append((float(log_p[i, part].sum()), bool(best[i, part].all())))
+    return found
 
 
 def probability(model, codec, prompt, words):
     """P(word | prompt) for each of some ids, as floats."""
-    hidden = last_hidden(model, [prompt_ids(codec, prompt, model=model)])[0]
-    return model.lm_head(hidden)[: codec.n_vocab].float().softmax(-1)[list(words)].tolist()
+    ids = torch.tensor([prompt_ids(codec, prompt, model)], device=model.lm_head.weight.device)
+    return model(ids)[0, -1, : codec.n_vocab].float().softmax(-1)[list(words)].tolist()
 
 
-def pronoun_parts(model, codec, nouns, prompts, he, she):
-    """log P(he)/P(she) after every prompt and noun, and what the noun's own senses add to it.
+def top_tokens(model, codec, word, n):
+    """For each sense of a word the n tokens to whose logits it adds most, as text."""
+    ids = torch.tensor([token(codec, word)], device=model.lm_head.weight.device)
+    best = (model.senses(ids)[0] @ model.lm_head.weight[: codec.n_vocab].T).topk(min(n, codec.n_vocab)).indices
+    return [" ".join(codec.decode([i]).strip() for i in row) for row in best.tolist()]
 
-    → (gap (nouns, prompts), part (nouns, prompts, n_sense)). Logits are affine in the senses, so a factor w on sense l of the noun makes
-    the gap exactly gap + (w − 1)·part[..., l]: one forward pass tells all factors.
-    """
-    rows = model.lm_head.weight
-    gap, part = [], []
-    for noun, ids_of_noun in nouns.items():
-        for prompt in prompts:
-            ids = prompt_ids(codec, put(noun, prompt))
-            added = attribution(model, ids, rows[he] - rows[she])
-            here = torch.tensor([i in ids_of_noun for i in ids], device=added.device)
-            gap.append(added.sum())
-            part.append(added[here].sum(0))
-    return torch.stack(gap).view(len(nouns), -1), torch.stack(part).view(len(nouns), len(prompts), -1)
+
+# ------------------------------------------------------------------------------------ section 6.2: gender
+
+NOUNS = ("mechanic accountant farmer baker assistant construction guard carpenter analyst physician cook clerk manager "
+         "developer librarian salesperson mover hairdresser auditor sheriff janitor driver chief teacher writer receptionist "
+         "CEO nurse housekeeper secretary counselor attendant supervisor designer lawyer editor cashier laborer tailor "
+         "cleaner").split()  # the paper's
+FIT = ["The {} came into the room. When", "The {} came into the room. Then", "I went to the talk to the {}. What",
+       "I went over to the talk to the {}. Why", "I went over to the talk to the {};"]
+TEST = ["I really liked my {}. What I liked most was that", "I really liked my {}. In fact,", "My {} said that",
+        "My {} believes that", "This one {} believes that", "This one {} believes", "My {} said", "My {} believes",
+        "The {} was with the car. When", "The {} was with the car. Then",
+        "While driving to the store, the {} looked over on the dash and then", "A {} went to chat over to chat before",
+        "Some {} asked to look over things, but"]
+
+
+def pronoun_prompts(model, codec, data=None):
+    """→ (fitting, test), each (noun, its ids, prompt ids) rows, and the ids of the two pronouns. data: rows of a file
+    with "prefix", "suffix1", "suffix2"; every other prompt of a noun is for fitting."""
+    words = codec.name == "words"
+    if data is None:
+        he, she, nouns = "he", "she", WORD_NOUNS if words else NOUNS
+        both = [[(noun, put(noun, prompt)) for noun in nouns for prompt in prompts]
+                for prompts in ((PERSON[:2], PERSON[2:]) if words else (FIT, TEST))]
+    else:
+        he, she = data[0]["suffix1"].strip(), data[0]["suffix2"].strip()
+        if any((row["suffix1"].strip(), row["suffix2"].strip()) != (he, she) for row in data):
+            fail("--data: every row must have the same suffix1 and suffix2, the two pronouns")
+        found = {}
+        known = [row for row in data if not words or set(WORD.findall(row["prefix"].lower())) <= set(codec.words)]
+        print(f"{len(data)} prompts read, {len(data) - len(known)} of them left out for words that this model has not")
+        for row in known:
+            here = [noun for noun in (*NOUNS, *WORD_NOUNS) if noun in WORD.findall(row["prefix"])]
+            found.setdefault(here[0] if here else "", []).append(row["prefix"])
+        if "" in found or min(map(len, found.values()), default=0) < 2:
+            fail(f"--data: want a noun of the paper's in every prefix, and two prompts or more for each; have {[*found]}")
+        both = [[(noun, prefix) for noun, prefixes in found.items() for prefix in prefixes[i::2]] for i in range(2)]
+    ids = {noun: codec.encode(noun if words else f" {noun}") for noun in {noun for rows in both for noun, _ in rows}}
+    both = [[(noun, ids[noun], prompt_ids(codec, text, model)) for noun, text in rows] for rows in both]
+    return *both, token(codec, he), token(codec, she)
+
+
+WORD_NOUNS = WORLD["he"] + WORLD["she"]
+
+
+def pronoun_parts(model, rows, he, she):
+    """log P(he)/P(she) after every prompt, and what the noun's own senses add to it → (gap (n,), part (n, n_sense)).
+
+    Logits are affine in the senses, so a factor w on sense l of the noun makes the gap exactly gap + (w − 1)·part[:,
+    l]. """
+    E, gap, part = model.lm_head.weight, [], []
+    for _, ids_of_noun, ids in rows:
+        added = attribution(model, ids, E[he] - E[she])
+        here = torch.tensor([i in ids_of_noun for i in ids], device=E.device)
+        gap.append(added.sum())
+        part.append(added[here].sum(0))
+    return torch.stack(gap), torch.stack(part)
 
 
 def bias_ratio(gap):
-    """Mean over nouns (and prompts) of max(P(he)/P(she), P(she)/P(he)) for log-odds gaps (section 6.2)."""
+    """Mean over prompts of max(P(he)/P(she), P(she)/P(he)) for log-odds gaps (section 6.2)."""
     return float(gap.abs().exp().mean())
 
 
-def reduction(before, after):
-    """The share of a bias ratio's excess over 1 that is gone."""
-    return 1 - (after - 1) / (before - 1)
-
-
-def debiased(fit, test, sense=None):
-    """Locate the sense that carries gender, remove it, and choose its factor noun by noun; located and fitted on other prompts than
-    those that the ratios are of. fit, test: of pronoun_parts. → dict."""
-    gap, part = fit
-    n_sense = part.size(-1)
-    removals = [bias_ratio(gap - part[..., i]) for i in range(n_sense)]
-    sense = int(np.argmin(removals)) if sense is None else sense
+def gender(model, codec, sense=None, data=None):
+    """Table 5: the sense that carries gender is located, and a factor on it fitted for each noun, on other prompts than
+    those that the ratios are of. → dict, with the edits {token: senses} that remove it."""
+    fit, test, he, she = pronoun_prompts(model, codec, data)
+    (gap, part), (test_gap, test_part) = (pronoun_parts(model, rows, he, she) for rows in (fit, test))
+    if sense is None:
+        sense = int(np.argmin([bias_ratio(gap - part[:, i]) for i in range(model.n_sense)]))
     w = torch.arange(-600, 601, device=gap.device).to(gap) / 200  # −3 to 3; the authors minimise the same by Nelder-Mead
-    cost = (gap[..., None] + part[..., sense, None] * (w - 1)).abs().exp().mean(1) + (1 - w).abs()  # (nouns, w)
-    free, bounded = w[cost.argmin(1)], w[cost.masked_fill((w < 0) | (w > 1), math.inf).argmin(1)]
-    gap, part = test[0], test[1][..., sense]
-    moved = {"removed": 0 * free, "factor by noun": free, "factor by noun, in [0, 1]": bounded}
-    return dict(sense=sense, unchanged=bias_ratio(gap), removing_each=[bias_ratio(gap - test[1][..., i]) for i in range(n_sense)],
-                factors=free.tolist(), **{name: bias_ratio(gap + part * (w - 1)[:, None]) for name, w in moved.items()})
-
-
-def projected_gap(model, codec, nouns, prompts, he, she, keep=0.0):
-    """The Transformer's baseline: the log-odds when the nouns' input embeddings keep only a part of what lies along E_he − E_she.
-    keep=1 changes nothing; the output matrix stays. → (nouns, prompts)."""
-    table, rows = model.transformer.wte.weight, model.lm_head.weight.clone()
-    direction, ids = rows[he] - rows[she], sorted({i for ids_of_noun in nouns.values() for i in ids_of_noun})
-    table[ids] = rows[ids] - (1 - keep) * (rows[ids] @ direction / (direction @ direction))[:, None] * direction
-    hidden = last_hidden(model, [prompt_ids(codec, put(noun, prompt)) for noun in nouns for prompt in prompts])
-    table[ids] = rows[ids]
-    return (hidden @ direction).view(len(nouns), -1)
+    factors, fitted = {}, torch.zeros_like(test_gap)
+    for noun in dict.fromkeys(noun for noun, *_ in fit):
+        mine = torch.tensor([row[0] == noun for row in fit], device=gap.device)
+        cost = (gap[mine, None] + part[mine, sense, None] * (w - 1)).abs().exp().mean(0) + (1 - w).abs()
+        factors[noun] = float(w[cost.argmin()])
+        fitted[[row[0] == noun for row in test]] = factors[noun] - 1
+    ids = sorted({i for _, ids_of_noun, _ in test for i in ids_of_noun})
+    edits = model.senses(torch.tensor(ids, device=gap.device)).clone()
+    edits[:, sense] = 0
+    return dict(sense=sense, unchanged=bias_ratio(test_gap), removed=bias_ratio(test_gap - test_part[:, sense]),
+                removing_each=[bias_ratio(test_gap - test_part[:, i]) for i in range(model.n_sense)], factors=factors,
+                fitted=bias_ratio(test_gap + test_part[:, sense] * fitted), edits=dict(zip(ids, edits)))
 
 
 @torch.no_grad()
-def continue_texts(model, prompts, n_new, seed, n_vocab, control=None, temperature=1.0, cached=True):
-    """Sample n_new tokens after each of several prompts of unequal lengths, side by side: the shorter ones begin to be sampled while the
-    longer ones are still being read. prompts: lists of ids; control: a TopicControl → lists of ids. Temperature 0 takes the likeliest."""
-    device = model.lm_head.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    rows = F.pad(padded_rows(prompts, device), (0, n_new))
-    generator, cache, start = torch.Generator(device).manual_seed(seed), [] if cached else None, 0
-    controls = dict(control=control) if control else {}
-    for at in range(int(lengths.min()), rows.size(1)):
-        hidden = model.trunk(rows[:, start:at], cache, **controls)[:, -1]
-        logits = model.lm_head(hidden).float()[:, :n_vocab]
-        new = logits.argmax(-1)
-        if temperature:
-            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        rows[:, at] = torch.where(at < lengths, rows[:, at], new)
-        start = at if cached else 0
-    return [row[: length + n_new].tolist() for row, length in zip(rows, lengths)]
+def transformer_gender(model, codec, data=None):
+    """The Transformer's baseline: the nouns' input embeddings lose what lies along E_he − E_she; the output matrix stays."""
+    _, test, he, she = pronoun_prompts(model, codec, data)
+    table, E = model.transformer["wte"].weight, model.lm_head.weight.clone()
+    direction, ids = E[he] - E[she], sorted({i for _, ids_of_noun, _ in test for i in ids_of_noun})
+    gaps = lambda: torch.stack([model.trunk(torch.tensor([row], device=E.device))[0, -1] @ direction for *_, row in test])
+    unchanged = bias_ratio(gaps())
+    table[ids] -= (table[ids] @ direction / (direction @ direction))[:, None] * direction
+    projected = bias_ratio(gaps())
+    table[ids] = E[ids]
+    return dict(unchanged=unchanged, projected=projected)
 
 
-@torch.no_grad()
-def token_log_probs(model, sequences, n_vocab, batch=8):
-    """For each list of ids, log P of every token after the first given those before, and whether it was the likeliest: two arrays."""
-    found = []
-    for i in range(0, len(sequences), batch):
-        part = sequences[i : i + batch]
-        ids = padded_rows(part, model.lm_head.weight.device)
-        logits = model(ids[:, :-1])[..., :n_vocab].float()
-        log_p = (logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)).cpu().numpy()
-        best = (logits.argmax(-1) == ids[:, 1:]).cpu().numpy()
-        found += [(log_p[j, : len(s) - 1], best[j, : len(s) - 1]) for j, s in enumerate(part)]
-    return found
+# ------------------------------------------------------------------------------------ section 6.3: knowledge
 
 
-def spearman(x, y):
-    """Rank correlation with tied ranks averaged."""
-    def ranks_of(values):
-        _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[index]
-
-    x, y = ranks_of(x), ranks_of(y)
-    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and x.std() and y.std() else math.nan
-
-
-# ============================================================================================== tasks
-
-
-def write(args, figures, draw=None, name=None, **size):
-    """results.json, and the figure where there is one; their paths, for the last two lines of a task."""
-    name = name or args.task
-    out = Path(args.out or f"out/backpack/{name}")
-    paths = [save_results(out, args, json.loads(json.dumps(figures), parse_constant=lambda _: None))]  # what is undefined is null
-    return paths if draw is None else [*paths, figure(out, f"{name}.png", args, draw, **size)]
-
-
-def top_senses(model, codec, ids, n, bottom=False):
-    """ids: list of ints → for each and each sense the n tokens on which the sense has most (bottom: least) weight, as (text, logit)."""
-    found = []
-    for senses in model.senses(torch.tensor(ids, device=model.lm_head.weight.device)):
-        logits = senses @ model.lm_head.weight[: codec.n_vocab].T
-        values, tokens = logits.topk(min(n, codec.n_vocab), largest=not bottom)
-        found.append([[(codec.text(t).strip(), v) for t, v in zip(*row)] for row in zip(tokens.tolist(), values.tolist())])
-    return found
-
-
-def draw_senses(model, codec, word, n=2):
-    """A heat map: what each sense of a word adds to the logits of the words that any of its senses favours or forbids most."""
-    senses = model.senses(torch.tensor([token(codec, word, first_piece=True)], device=model.lm_head.weight.device))[0]
-    logits = (senses @ model.lm_head.weight[: codec.n_vocab].T).float().cpu()
-    strong = logits.abs().amax(1).argsort(descending=True)[:8].sort().values
-    picked = torch.cat((logits[strong].topk(n).indices, (-logits[strong]).topk(1).indices), 1).flatten().tolist()
-    columns = list(dict.fromkeys(picked))[:16]
-
-    def draw(ax):
-        part = logits[strong][:, columns].numpy()
-        image = ax.imshow(part, cmap="RdBu_r", vmin=-abs(part).max(), vmax=abs(part).max(), aspect="auto")
-        ax.set_xticks(range(len(columns)), [codec.text(t).strip() for t in columns], rotation=60, ha="right")
-        ax.set_yticks(range(len(strong)), [f"sense {i}" for i in strong.tolist()])
-        ax.set_title(f"What each sense of “{word}” says, in every context")
-        ax.figure.colorbar(image, ax=ax, label="added to the logit at weight 1")
-
-    return draw
-
-
-def default_words(codec):
-    for words in ("nurse mechanic macbook bread", "import class", "nurse build Apple tasty pizza"):
-        if codec.name != "words" and "Apple" in words or codec.words and words.split()[0] in codec.words:
-            return words.split()
-    return codec.words[-3:] if codec.words else ["a", "e", "o"]
-
-
-def senses(args):
-    """Tables 1 and 3: what the senses of words say, as the words that each of them favours."""
-    model, codec, path = open_model(args)
-    words = args.words or default_words(codec)
-    chosen = range(model.n_sense) if args.sense is None else [checked_sense(args, model)]
-    tables = {}
-    for word in words:
-        best = top_senses(model, codec, [token(codec, word, first_piece=args.first_piece)], args.top, args.neg)[0]
-        tables[word] = {i: best[i] for i in chosen}
-        print_table((word, "most weight on" if not args.neg else "least weight on"),
-                    [(f"sense {i}", "  ".join(f"{text} {value:+.1f}" for text, value in best[i])) for i in chosen])
-        print()
-    print(*write(args, dict(checkpoint=str(path), senses=tables), draw_senses(model, codec, words[0]), figsize=(9, 5)), sep="\n")
-
-
-def checked_sense(args, model):
-    if args.sense >= model.n_sense:
-        fail(f"--sense {args.sense}: this model has senses 0 to {model.n_sense - 1}")
-    return args.sense
-
-
-# ---------------------------------------------------------------------------------------------- section 6.2: gender
-
-PAPER_NOUNS = ("mechanic accountant farmer baker assistant construction guard carpenter analyst physician cook clerk manager developer "
-               "librarian salesperson mover hairdresser auditor sheriff janitor driver chief teacher writer receptionist CEO nurse "
-               "housekeeper secretary counselor attendant supervisor designer lawyer editor cashier laborer tailor cleaner").split()
-PAPER_FIT = ["The {} came into the room. When", "The {} came into the room. Then", "I went to the talk to the {}. What",
-             "I went over to the talk to the {}. Why", "I went over to the talk to the {};"]
-PAPER_TEST = ["I really liked my {}. What I liked most was that", "I really liked my {}. In fact,", "My {} said that",
-              "My {} believes that", "This one {} believes that", "This one {} believes", "My {} said", "My {} believes",
-              "The {} was with the car. When", "The {} was with the car. Then",
-              "While driving to the store, the {} looked over on the dash and then", "A {} went to chat over to chat before",
-              "Some {} asked to look over things, but"]
-
-
-def bias_setting(codec, all_nouns=False):
-    """→ (nouns {word: its ids}, fitting prompts, test prompts, id of he, id of she)."""
-    he, she = token(codec, "he", "the pronoun"), token(codec, "she", "the pronoun")
-    if codec.name == "words":
-        nouns, fit, test = WORLD["he"] + WORLD["she"], PERSON[:2], PERSON[2:]
-        return {noun: [token(codec, noun, "the noun")] for noun in nouns}, fit, test, he, she
-    pieces = {noun: codec.encode(f" {noun}").tolist() for noun in PAPER_NOUNS}
-    return {noun: ids for noun, ids in pieces.items() if all_nouns or len(ids) == 1}, PAPER_FIT, PAPER_TEST, he, she
-
-
-def gender(model, codec, sense=None, all_nouns=False):
-    """The figures of table 5 for a Backpack."""
-    nouns, *prompts, he, she = bias_setting(codec, all_nouns)
-    fit, test = (pronoun_parts(model, codec, nouns, some, he, she) for some in prompts)
-    found = debiased(fit, test, sense)
-    return found | dict(factors=dict(zip(nouns, found["factors"])))
-
-
-def transformer_gender(model, codec, all_nouns=False):
-    """The figures of table 5 for a Transformer: its input embeddings lose a part of the gender direction."""
-    nouns, fit, test, he, she = bias_setting(codec, all_nouns)
-    grid = (1.0, 0.0, 0.75, 0.5, 0.25, -0.25, -0.5, -0.75, -1.0)
-    costs = torch.stack([projected_gap(model, codec, nouns, fit, he, she, keep).abs().exp().mean(1) + abs(1 - keep) for keep in grid])
-    gaps = torch.stack([projected_gap(model, codec, nouns, test, he, she, keep) for keep in grid])
-    best = gaps[costs.argmin(0), torch.arange(len(nouns))]
-    return {"unchanged": bias_ratio(gaps[0]), "projected": bias_ratio(gaps[1]), "part by noun": bias_ratio(best)}
-
-
-def draw_factors(model, codec, sense, noun, prompt, he, she):
-    """Figure 3: the probabilities of the pronouns against the factor on one sense of the noun."""
-    ids, w = prompt_ids(codec, put(noun, prompt)), np.linspace(0, 1.5, 16)
-    at = ids.index(token(codec, noun))
-    rows = model.lm_head.weight[: codec.n_vocab]
-    added = attribution(model, ids, rows.T)  # (seq, n_sense, n_vocab)
-    logits = added.sum((0, 1)) + (torch.from_numpy(w).to(added)[:, None] - 1) * added[at, sense]
-    p = logits.float().softmax(-1).cpu().numpy()
-
-    def draw(ax):
-        for i, name in ((he, "he"), (she, "she")):
-            ax.plot(w, p[:, i], marker="o", ms=3, label=f"P({name})")
-        ax.axvline(1, color="grey", lw=1, ls=":")
-        ax.set(xlabel=f"factor on sense {sense} of “{noun}” (1: as trained, 0: removed)", ylabel="probability of the next word",
-               title=f"“{put(noun, prompt)} …”", ylim=(0, 1))
-        ax.legend()
-
-    return draw
-
-
-def debias(args):
-    """Section 6.2, table 5, figure 3: how much likelier one pronoun is than the other, and what one sense has to do with it."""
-    model, codec, path = open_model(args, arch="any")
-    nouns, _, test, he, she = bias_setting(codec, args.all_nouns)
-    if not isinstance(model, Backpack):
-        found = transformer_gender(model, codec, args.all_nouns)
-        rows = [(name, value, reduction(found["unchanged"], value)) for name, value in found.items()]
-        print_table(("Transformer: gender direction of the nouns' input", "bias ratio", "reduction"), rows)
-        print(*write(args, dict(checkpoint=str(path), transformer=found)))
-        return
-    found = gender(model, codec, None if args.sense is None else checked_sense(args, model), args.all_nouns)
-    print(f"{len(nouns)} nouns, {len(test)} prompts; sense {found['sense']} was "
-          f"{'given' if args.sense is not None else 'located, and factors chosen, on other prompts'}")
-    rows = [(name, found[name], reduction(found["unchanged"], found[name]) if name != "unchanged" else math.nan)
-            for name in ("unchanged", "removed", "factor by noun", "factor by noun, in [0, 1]")]
-    print_table((f"sense {found['sense']} of the nouns", "bias ratio", "reduction"), rows)
-    others = [value for i, value in enumerate(found["removing_each"]) if i != found["sense"]]
-    if others:
-        print(f"removing another sense leaves {min(others):.2f} to {max(others):.2f}")
-    prompt = test[0] if codec.name == "words" else "When the {} walked into the room,"
-    draw = draw_factors(model, codec, found["sense"], "nurse", prompt, he, she)
-    print(*write(args, dict(checkpoint=str(path), **found), draw, figsize=(6, 4)), sep="\n")
-
-
-# ---------------------------------------------------------------------------------------------- section 6.3: knowledge
-
-
-def edit_figures(model, codec, word, remove, add, prompts, controls):
-    """Probabilities of the removed and the added word before and after the edit: after prompts with the word, and, for what should stay,
-    after the same prompts with control words that stand behind a sentence with the edited word. → (rows, the edit)."""
-    ids = [token(codec, name, flag) for name, flag in ((word, "--word"), (remove, "--remove"), (add, "--add"))]
-    if ids[1] == ids[2]:
-        fail(f"--remove and --add are both {remove!r}: nothing to edit")
-    rows = model.lm_head.weight
-    if not rows[ids[1]].any() or not rows[ids[2]].any():
-        fail(f"the embedding of {remove!r} or {add!r} is zero: there is no direction to swap")
-    after = swapped(model.senses(torch.tensor(ids[:1], device=rows.device))[0], rows[ids[1]], rows[ids[2]])
-    first = put(word, prompts[0])
+def edit_fact(model, codec, word, remove, add, prompts, controls):
+    """P(removed), P(added) before and after: behind prompts with the word and, for what should stay, behind the same
+    prompts with control words that follow a sentence with the edited word. → (rows of dicts, the edit {token:
+    senses})."""
+    at, removed, added = (token(codec, name) for name in (word, remove, add))
+    if removed == added:
+        fail(f"{remove!r} and {add!r} are one token: nothing to edit")
+    E = model.lm_head.weight
+    edit = {at: swapped(model.senses(torch.tensor([at], device=E.device))[0], E[removed], E[added])}
     texts = [(word, put(word, prompt)) for prompt in prompts]
-    texts += [(control, f"{first} {add}. {put(control, prompt)}") for control in controls for prompt in prompts]
-    found = [dict(word=name, prompt=text, before=probability(model, codec, text, ids[1:])) for name, text in texts]
-    with edited(model, {ids[0]: after}):
+    texts += [(control, f"{put(word, prompts[0])} {add}. {put(control, prompt)}") for control in controls for prompt in prompts]
+    found = [dict(word=name, prompt=text, before=probability(model, codec, text, (removed, added))) for name, text in texts]
+    with edited(model, edit):
         for row in found:
-            row["after"] = probability(model, codec, row["prompt"], ids[1:])
-    return found, {ids[0]: after}
+            row["after"] = probability(model, codec, row["prompt"], (removed, added))
+    return found, edit
 
 
 def print_edit(found, remove, add):
@@ -1390,773 +939,399 @@ def print_edit(found, remove, add):
                 [(row["prompt"], row["before"][0], row["after"][0], row["before"][1], row["after"][1]) for row in found])
 
 
-def draw_edit(found, remove, add):
-    def draw(ax):
-        names = [row["prompt"].split(". ")[-1].split(" . ")[-1] for row in found]
-        for i, (which, label, colour) in enumerate(((0, remove, "tab:red"), (1, add, "tab:blue"))):
-            for j, (when, alpha) in enumerate((("before", 0.35), ("after", 1))):
-                ax.barh(np.arange(len(found)) + 0.2 * (2 * i + j) - 0.3, [row[when][which] for row in found], 0.2, color=colour,
-                        alpha=alpha, label=f"P({label}) {when}")
-        ax.set_yticks(range(len(found)), names)
-        ax.invert_yaxis()
-        ax.set(xlabel="probability of the next word", xlim=(0, 1), title=f"“{found[0]['word']}”: {remove} → {add}, by its senses alone")
-        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=4)
+# ==================================================================================== the experiments
 
-    return draw
+
+def small_model(arch, corpus, args, seed, steps, name, d=64, **sizes):
+    """Train a small model → (model, codec, validation loss, history). corpus: "world" or "prose" (Python's help topics)."""
+    from pydoc_data.topics import topics
+
+    text = world_text(30_000, seed) if corpus == "world" else "\n".join(topics[topic] for topic in sorted(topics))
+    seq, batch, std = (32, 16, 0.08) if corpus == "world" else (64, 12, 0.06)
+    counts = Counter(WORD.findall(text.lower()))
+    codec = codec_of("words", ["<unk>", *(word for word, _ in counts.most_common(1023))])
+    ids = np.array(codec.encode(text))
+    shards, val_shards = [ids[: len(ids) * 9 // 10]], [ids[len(ids) * 9 // 10 :]]
+    device, config = torch.device(args.device or "cpu"), Config(2, 4, d, codec.n_vocab, seq, std)
+    torch.manual_seed(seed)
+    model = (GPT(config) if arch == "transformer" else Backpack(config, **sizes)).to(device)
+    opt = make_optimizer(model, 3e-3)
+    history = list(training(model, opt, shards, codec.n_vocab, steps=steps, batch=batch, seq=seq, lr=3e-3, seed=seed,
+                            warmup=steps // 20, name=name, quiet=args.quiet))
+    loss = validation_loss(Loss(model, codec.n_vocab), val_shards, seq)
+    model.eval().requires_grad_(False)
+    if isinstance(model, Backpack):
+        model.known = {}
+    return model, codec, loss, history
+
+
+def small_set_up(args):
+    """For small matrices a second thread costs more than it brings."""
+    _, rank, world = set_up(args)
+    torch.set_num_threads(1)
+    return rank, world
+
+
+def demo(args):
+    """The paper's claims in small: losses beside Transformers', senses read, one sense removed, one fact changed."""
+    rank, world = small_set_up(args)
+    world_steps, prose_steps = args.steps or 800, args.steps or 400
+    jobs = {
+        "world, Backpack": ("backpack", "world", world_steps, dict(n_sense=8)),
+        "world, Transformer": ("transformer", "world", world_steps, {}),
+        "prose, Backpack": ("backpack", "prose", prose_steps, dict(n_sense=16)),
+        "prose, Transformer": ("transformer", "prose", prose_steps, {}),
+        "prose, Transformer of its size": ("transformer", "prose", prose_steps, dict(d=120)),
+    }
+    trained = {name: small_model(arch, corpus, args, args.seed, steps, name, **sizes)
+               for name, (arch, corpus, steps, sizes) in jobs.items()}
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank:
+        return
+    print_table(("", "weights", "validation loss"), [
+        (name, f"{sum(p.numel() for p in model.parameters()):,}", loss) for name, (model, _, loss, _) in trained.items()])
+    (model, codec, *_), (other, *_), (prose, prose_codec, *_), *_ = trained.values()
+    words = "nurse", "mechanic", "macbook", "bread"
+    print()
+    print_table(("sense", *words), [(str(i), *row) for i, row in enumerate(zip(*(top_tokens(model, codec, w, 3) for w in words)))])
+    bias, baseline = gender(model, codec), transformer_gender(other, codec)
+    rest = [ratio for i, ratio in enumerate(bias["removing_each"]) if i != bias["sense"]]
+    print()
+    print_table(("bias ratio he : she (true: 9)", ""), [
+        ("Transformer", baseline["unchanged"]), ("Transformer, gender projected out of the input", baseline["projected"]),
+        ("Backpack", bias["unchanged"]), (f"sense {bias['sense']} removed", bias["removed"]),
+        ("another sense removed, the best", min(rest)), ("a factor for each noun", bias["fitted"])])
+    found, _ = edit_fact(model, codec, "macbook", "apple", "hp", MADE_BY, ["iphone", "ipad"])
+    mine, others = ([row for row in found if (row["word"] == "macbook") == which] for which in (True, False))
+    fact = float(np.mean([row["after"][1] for row in mine]))
+    moved = max(abs(a - b) for row in others for a, b in zip(row["after"], row["before"]))
+    print(f"\nmacbook: apple → hp. P(hp) {np.mean([row['before'][1] for row in mine]):.2f} → {fact:.2f}; iphone and ipad move by "
+          f"at most {moved:.4f}")
+    for name, (model_of, codec_of_it, *_) in zip(("world", "world_transformer", "prose"), list(trained.values())[:3]):
+        save_model(args.out / f"{name}.pt", model_of, codec_of_it)
+    losses = {name: loss for name, (_, _, loss, _) in trained.items()}
+    del bias["edits"]
+    save_results(args.out, args, losses=losses, gender=bias, transformer_gender=baseline, edit=found, new_fact=fact, moved=moved)
+
+    def draw(fig):
+        left, right = fig.subplots(1, 2, width_ratios=(1, 1.3))
+        E, nouns = model.lm_head.weight, [noun for kind in HE_SHARE for noun in WORLD[kind]]
+        ids = torch.tensor([token(codec, noun) for noun in nouns])
+        values = (model.senses(ids) @ (E[token(codec, "he")] - E[token(codec, "she")])).numpy()  # (nouns, n_sense)
+        image = left.imshow(values, cmap="RdBu_r", vmin=-abs(values).max(), vmax=abs(values).max(), aspect="auto")
+        left.set_yticks(range(len(nouns)), nouns)
+        left.set(xlabel=f"sense ({bias['sense']} is removed)", title="What senses add to log P(he)/P(she)")
+        fig.colorbar(image, ax=left)
+        shown = [row for row in found if row["prompt"].endswith("made by")]
+        for i, name in enumerate(("apple", "hp")):
+            for j, when in enumerate(("before", "after")):
+                at = np.arange(len(shown)) + 0.2 * (2 * i + j) - 0.3
+                right.barh(at, [row[when][i] for row in shown], 0.2, label=f"P({name}) {when}", color=f"C{i}", alpha=0.4 + 0.6 * j)
+        right.set_yticks(range(len(shown)), [row["word"] for row in shown])
+        right.set(xlabel="probability after “the … is made by”", title="“macbook”: apple → hp, by its senses alone")
+        right.legend()
+
+    figure(args.out / "demo.png", args, draw, (12, 5))
+
+
+def ablate_k(args):
+    """Table 8: the number of senses, with the sense network's hidden layers of width d as in the paper."""
+    rank, world = small_set_up(args)
+    seeds, rows = range(args.seed, args.seed + args.seeds), []
+    for name, arch, sizes in [*((f"Backpack, k = {k}", "backpack", dict(n_sense=k, width=1)) for k in (1, 4, 16)),
+                              ("Transformer, the same context network", "transformer", {})]:
+        losses = np.array([small_model(arch, "prose", args, seed, args.steps or 300, name, **sizes)[2] for seed in seeds])
+        rows.append((name, losses.mean(), losses.std(), math.exp(losses.mean())))
+    if rank == 0:
+        print_table(("Python's documentation", "validation loss", "± sd", "perplexity"), rows)
+        save_results(args.out, args, table=rows)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def senses(args):
+    """Tables 1 and 3: what the senses of words say, as the tokens that each of them favours."""
+    model, codec = open_backpack(args)
+    table = {word: top_tokens(model, codec, word, args.top) for word in args.words}
+    print_table(("sense", *table), [(str(i), *row) for i, row in enumerate(zip(*table.values()))])
+    save_results(args.out, args, senses=table)
+
+
+def attribute(args):
+    """Section 2.1: which sense of which word made a logit. The terms sum to it exactly."""
+    model, codec = open_backpack(args)
+    ids, target = prompt_ids(codec, args.prompt, model), token(codec, args.target)
+    added = attribution(model, ids, model.lm_head.weight[target]).float().cpu().numpy()  # (seq, n_sense)
+    order = (-abs(added)).flatten().argsort()[: args.top].tolist()
+    terms = [(codec.decode([ids[j]]).strip(), str(sense), float(added[j, sense]))
+             for j, sense in (divmod(x, model.n_sense) for x in order)]
+    print_table((f"logit of {args.target!r} after {args.prompt!r}", "sense", "adds"), terms)
+    print(f"all {added.size} terms: {added.sum():.4f}; P = {probability(model, codec, args.prompt, [target])[0]:.4f}")
+    save_results(args.out, args, contributions=added, logit=float(added.sum()))
+
+
+def debias(args):
+    """Section 6.2, table 5: how much likelier one pronoun is than the other, and what one sense has to do with it."""
+    data = read_rows(args.data, ("prefix", "suffix1", "suffix2")) if args.data else None
+    model, codec = open_model(args)
+    if isinstance(model, GPT):
+        found = transformer_gender(model, codec, data)
+        print_table(("Transformer", "bias ratio"), list(found.items()))
+        return save_results(args.out, args, **found)
+    if args.sense is not None and not 0 <= args.sense < model.n_sense:
+        fail(f"--sense {args.sense}: this model has senses 0 to {model.n_sense - 1}")
+    found = gender(model, codec, args.sense, data)
+    edits = found.pop("edits")
+    print_table((f"sense {found['sense']} of the nouns", "bias ratio"), [
+        ("unchanged", found["unchanged"]), ("removed", found["removed"]), ("a factor for each noun", found["fitted"])])
+    if args.save:
+        save_model(args.save, model, codec, edits)
+    save_results(args.out, args, **found)
 
 
 def edit(args):
     """Section 6.3, table 6: a fact about a word is changed by moving its senses from one direction to another."""
-    model, codec, path = open_model(args)
-    words = codec.name == "words"
-    defaults = ("macbook", "apple", "hp") if words else ("MacBook", "Apple", "HP")
-    word, remove, add = (given or default for given, default in zip((args.word, args.remove, args.add), defaults))
-    prompts = [args.prompt] if args.prompt else MADE_BY if words else ["The {} is made by", "The {} is best known for its form factor, but"]
-    if "{}" not in prompts[0]:
-        fail("--prompt needs {} where the word stands, as in: the {} is made by")
-    controls = args.control
-    if controls is None:
-        controls = [name for name in (WORLD["makers"]["apple"] if words else ["iPhone"]) if name != word]
-    found, edits = edit_figures(model, codec, word, remove, add, prompts, controls)
-    print_edit(found, remove, add)
-    texts = {}
-    for name, these in (("before", {}), ("after", edits)):
-        with edited(model, these):
-            ids = generate(model, prompt_ids(codec, put(word, prompts[-1])), args.tokens or 12, 1.0, None, args.seed, codec.n_vocab)
-        texts[name] = codec.decode(ids[1:])
-        print(f"{name}: {texts[name]}")
-    print(*write(args, dict(checkpoint=str(path), table=found, **texts), draw_edit(found, remove, add),
-                 figsize=(8, 1.5 + 0.6 * len(found))), sep="\n")
-
-
-def attribute(args):
-    """Which sense of which word made a logit: the exact sum (section 2.1), every term."""
-    model, codec, path = open_model(args)
-    prompt = args.prompt or ("the nurse walked in when" if codec.name == "words" else "The nurse said that")
-    ids, target = prompt_ids(codec, prompt, model=model), token(codec, args.target or "she", "--target", args.first_piece)
-    added = attribution(model, ids, model.lm_head.weight[target]).float().cpu().numpy()  # (seq, n_sense)
-    p = probability(model, codec, prompt, [target])[0]
-    texts = [codec.text(i).strip() or repr(codec.text(i)) for i in ids]
-    order = (-abs(added)).flatten().argsort()[: args.top].tolist()
-    print_table((f"logit of {codec.text(target).strip()!r} after {prompt!r}", "sense", "adds"),
-                [(f"{j} {texts[j]}", str(i), float(added[j, i])) for j, i in (divmod(x, model.n_sense) for x in order)])
-    print(f"all {added.size} terms: {float(added.sum()):.4f} = the logit; probability {p:.4f}")
-
-    def draw(ax):
-        image = ax.imshow(added.T, cmap="RdBu_r", vmin=-abs(added).max(), vmax=abs(added).max(), aspect="auto")
-        ax.set_xticks(range(len(ids)), texts, rotation=60, ha="right")
-        ax.set(ylabel="sense", title=f"What each sense of each word adds to the logit of “{codec.text(target).strip()}”")
-        ax.figure.colorbar(image, ax=ax)
-
-    figures = dict(tokens=texts, contributions=added.tolist(), logit=float(added.sum()), probability=p)
-    print(*write(args, dict(checkpoint=str(path), **figures), draw,
-                 figsize=(max(5, 1 + 0.5 * len(ids)), 4.5)), sep="\n")
-
-
-# ---------------------------------------------------------------------------------------------- section 6.1: topics
-
-BAGS = ("arts culture | business entrepreneurs | celebrity pop culture | diaries daily life | family | fashion style | film tv video | "
-        "fitness health | food dining | gaming | music | news social concern | hobbies | relationships | sports | travel adventure | "
-        "youth student life")
-PROSE_BAGS = "class instance method | string bytes unicode | import module package"
+    model, codec = open_backpack(args)
+    if "{}" not in args.prompt:
+        fail(f"--prompt {args.prompt!r} needs {{}} where the word stands, as in: the {{}} is made by")
+    found, change = edit_fact(model, codec, args.word, args.remove, args.add, [args.prompt], args.control)
+    print_edit(found, args.remove, args.add)
+    if args.save:
+        save_model(args.save, model, codec, change)
+    save_results(args.out, args, table=found)
 
 
 def topic(args):
-    """Section 6.1: generate about a topic by making senses heavier that speak of it."""
-    model, codec, path = open_model(args, "prose.pt")
-    known = WORLD["topics"] | {bag: bag.split() for bag in (BAGS if codec.name == "gpt2" else PROSE_BAGS).split(" | ")}
-    names = ("food dining", "sports", "music") if codec.name == "gpt2" else PROSE_BAGS.split(" | ")
-    if args.bag:
-        names = [args.bag]
-        known = {args.bag: args.bag.replace(",", " ").split()} | known
-    elif "laserjet" in (codec.words or ()):
-        names = WORLD["topics"]
-    bags = {name: known[name] for name in names}
-    if not all(bags.values()):
-        fail("--bag is empty")
-    n, length = args.samples, min(args.tokens or 40, model.config.block_size - 1)
-    strengths = range(4) if args.strength is None else [0, args.strength] if args.strength else [0]
-    rows = []
-    for name, words in bags.items():
-        bag = {token(codec, word, "--bag", True) for word in words}
-        for strength in tqdm(strengths, name, disable=args.quiet):
-            control = TopicControl(model, bag, strength, codec.n_vocab, [codec.eot]) if strength else None
-            texts = continue_texts(model, [[codec.eot]] * n, length, args.seed, codec.n_vocab, control)
+    """Section 6.1: generate about a topic by making senses heavier that speak of it; what it costs in variety."""
+    model, codec = open_backpack(args)
+    bags = {bag: {token(codec, word) for word in bag.split(",")} for bag in args.bags}
+    length = min(args.tokens, model.config.block_size - 1)
+    scores, rows = topic_scores(model, bags, codec.n_vocab, [codec.start]), []
+    for name, bag in bags.items():
+        for strength in STRENGTHS:
+            control = topic_control(model, scores[name], strength) if strength else None
+            texts = generate(model, [[codec.start]] * args.samples, length, codec.n_vocab, 1.0, args.seed, control)
             drawn = [i for text in texts for i in text[1:]]
-            pairs = [pair for text in texts for pair in zip(text[1:], text[2:])]
-            nll = -np.mean(np.concatenate([p for p, _ in token_log_probs(model, texts, codec.n_vocab)]))
-            rows.append(dict(bag=name, strength=strength, share=np.mean([i in bag for i in drawn]).item(), texts_with=np.mean(
-                [bool(bag & set(text)) for text in texts]).item(), distinct_1=len(set(drawn)) / len(drawn),
-                distinct_2=len(set(pairs)) / max(1, len(pairs)), nll=nll.item(), sample=codec.decode(texts[0][1:])))
-    print_table(("bag", "strength", "in the bag", "texts with it", "distinct 1", "distinct 2", "nats a token"),
-                [(r["bag"], str(r["strength"]), r["share"], r["texts_with"], r["distinct_1"], r["distinct_2"], r["nll"]) for r in rows])
-    print(f"{n} texts of {length} tokens each; nats under the model without control. {rows[-1]['bag']}, strength {rows[-1]['strength']}:\n"
-          f"{rows[-1]['sample']}")
-
-    def draw(axes):
-        for name in bags:
-            mine = [r for r in rows if r["bag"] == name]
-            for ax, key in zip(axes, ("share", "distinct_2")):
-                ax.plot([r["strength"] for r in mine], [r[key] for r in mine], marker="o", label=name)
-        axes[0].set(xlabel="strength of control", ylabel="share of tokens in the bag", title="Control")
-        axes[1].set(xlabel="strength of control", ylabel="distinct pairs of tokens, share", title="Its price: variety")
-        axes[0].legend()
-
-    print(*write(args, dict(checkpoint=str(path), table=rows), draw, ncols=2, figsize=(9, 3.6)), sep="\n")
-
-
-# ---------------------------------------------------------------------------------------------- section 4: similarity and evaluation
-
-RAW = "https://raw.githubusercontent.com/john-hewitt/backpacks-flash-attn/main/training/data/"
-SIMILARITY = {  # file → (separator, header lines, column of the gold score, pairs)
-    "SimLex-999": ("SimLex-999/SimLex-999.txt", "\t", 1, 3, 999), "SimVerb-3500": ("SimVerb-3500.txt", "\t", 0, 3, 3500),
-    "RG65": ("RG65.csv", ";", 0, 2, 65), "WordSim-353": ("WS353.csv", ",", 1, 2, 353),
-}
-
-
-def similarity_pairs(name, folder):
-    """→ [(word, word, gold)] of one of the four sets, from a folder or by download."""
-    file, separator, header, column, count = SIMILARITY[name]
-    if folder:
-        options = [Path(folder) / file, Path(folder) / Path(file).name, Path(folder) / file.replace("/", "_")]
-        path = next((option for option in options if option.is_file()), None)
-        if path is None:
-            fail(f"--data {folder}: no {options[1].name} in it")
-    else:
-        path = download(RAW + file)
-    pairs = []
-    for number_, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
-        if number_ > header and line.strip():
-            cells = line.split(separator)
-            try:
-                pairs.append((cells[0], cells[1], float(cells[column])))
-            except (IndexError, ValueError):
-                fail(f"{path}, row {number_}: no two words and, in column {column + 1}, a score")
-    if len(pairs) != count:
-        fail(f"{path} has {len(pairs)} pairs, {name} has {count}")
-    return pairs
-
-
-@torch.no_grad()
-def word_vectors(model, codec, words):
-    """{word: (n_sense + 1, d)}: its senses, averaged over the pieces of the word, and last its row of E. Unknown words are left out."""
-    device, found = model.lm_head.weight.device, {}
-    for word in sorted(set(words)):
-        ids = codec.encode(word if codec.name == "words" else f" {word}").tolist()
-        if codec.name == "words" and (not ids or 0 in ids):
-            continue
-        ids = torch.tensor(ids, device=device)
-        rows = torch.cat((model.senses(ids), model.lm_head.weight[ids][:, None]), 1).mean(0)
-        found[word] = F.normalize(rows.float(), dim=-1).cpu()
-    return found
-
-
-def similarity(args):
-    """Table 4: do cosines of senses agree with people's judgements of similarity?"""
-    model, codec, path = open_model(args, "prose.pt")
-    sets = {name: similarity_pairs(name, args.data) for name in SIMILARITY}
-    vectors = word_vectors(model, codec, [word for pairs in sets.values() for pair in pairs for word in pair[:2]])
-    rows, figures = [], {}
-    for name, pairs in sets.items():
-        known = [pair for pair in pairs if pair[0] in vectors and pair[1] in vectors]
-        gold = [pair[2] for pair in known]
-        cosines = np.array([(vectors[a] * vectors[b]).sum(-1).tolist() for a, b, _ in known]).reshape(-1, model.n_sense + 1)
-        by_sense = [spearman(cosines[:, i], gold) for i in range(model.n_sense + 1)]
-        least = spearman(cosines[:, :-1].min(1), gold) if known else math.nan
-        best = max(range(model.n_sense), key=lambda i: -2 if by_sense[i] != by_sense[i] else by_sense[i])
-        rows.append((name, f"{len(known)} of {len(pairs)}", by_sense[-1], by_sense[best], str(best), least))
-        figures[name] = dict(pairs=len(known), embedding=by_sense[-1], senses=by_sense[:-1], minimum=least)
-    print_table(("Spearman correlation", "pairs", "embedding", "best sense", "which", "min over senses"), rows)
-
-    def draw(ax):
-        for name, found in figures.items():
-            ax.plot(range(model.n_sense), found["senses"], marker="o", ms=4, label=name)
-        ax.set(xlabel="sense", ylabel="Spearman correlation with people", title="Similarity of words by each sense")
-        ax.legend()
-
-    print(*write(args, dict(checkpoint=str(path), sets=figures), draw, figsize=(7, 4)), sep="\n")
-
-
-LAMBADA = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
-WIKITEXT = "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip"
-BLIMP = "https://github.com/alexwarstadt/blimp/archive/refs/heads/master.zip"
-
-
-def read_lines_of(path, field):
-    """The JSON lines of a file, each with a field; a wrong line is named."""
-    rows = []
-    for number_, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-            rows[-1][field]
-        except (ValueError, KeyError, TypeError):
-            fail(f"{path}, row {number_}: no JSON with a field {field!r}")
-    return rows
-
-
-def detokenized(text):
-    """WikiText's split punctuation put together again, and its @-@, @,@ and @.@, by the usual rules."""
-    for pattern, new in ((r" @(\W)@ ", r"\1"), (r" ([:;.!?,])(?=\s)", r"\1"), (r"\( ?(.*?) ?\)", r"(\1)"), (r"\[ ?(.*?) ?\]", r"[\1]"),
-                         (r'" ([^"]*?) "', r'"\1"'), (r"' ([^']*?) '", r"'\1'"), (r" ('s|'t|'re|'ll|'ve|'d)\b", r"\1"), (r"= (?==)", "="),
-                         (r" ?\n ?", "\n"), (r" N ", " 1 ")):
-        text = re.sub(pattern, new, text)
-    return text
-
-
-def local_or_download_eval(args, url):
-    path = Path(args.data) if args.data else download(url)
-    if not path.exists():
-        fail(f"--data {args.data}: no such file")
-    return path
-
-
-def eval_text(args, model, codec):
-    """Perplexity a token over windows that do not overlap, as exp of the mean loss (section 4.1)."""
-    seq = min(model.config.block_size, 512)
-    if args.data:
-        path = Path(args.data)
-        if not path.is_file():
-            fail(f"--data {args.data}: no such file")
-        ids = codec.encode(path.read_text("utf-8", "replace"))
-    elif codec.name == "words":
-        ids = codec.encode(world_text(3000, args.seed, 1) if "laserjet" in codec.words else documentation()[-46_000:])
-    else:
-        ids = codec.encode("\n".join(stdlib_text("prose"))[-200_000:])
-    if len(ids) <= seq:
-        fail(f"--data {args.data}: {len(ids)} tokens are too few for one window of {seq}")
-    device = model.lm_head.weight.device
-    loss = evaluate(Loss(model, codec.n_vocab), [ids], 4, seq, device, 0, 1)
-    return dict(tokens=len(ids), loss=loss, perplexity=math.exp(loss))
-
-
-def eval_lambada(args, model, codec):
-    """The last word of 5,153 passages: accuracy when all its tokens are the likeliest, and perplexity a word."""
-    path = local_or_download_eval(args, LAMBADA)
-    texts, ends = [], []
-    for row in read_lines_of(path, "text"):
-        before, _, last = row["text"].rpartition(" ")
-        before, last = codec.encode(before).tolist(), codec.encode(" " + last).tolist()
-        texts.append([*before, *last][-model.config.block_size - 1 :])
-        ends.append(len(last))
-    scored = list(zip(token_log_probs(model, texts, codec.n_vocab), ends))
-    return dict(passages=len(texts), accuracy=float(np.mean([best[-n:].all() for (_, best), n in scored])),
-                perplexity=math.exp(-float(np.mean([log_p[-n:].sum() for (log_p, _), n in scored]))))
-
-
-def eval_wikitext(args, model, codec):
-    """Perplexity a word of the test articles: windows of the context's length, each word once, the first after the text's start token."""
-    path = local_or_download_eval(args, WIKITEXT)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            text = archive.read(next(name for name in archive.namelist() if "test" in name)).decode()
-    else:
-        text = path.read_text("utf-8")
-    articles = [article for article in re.split(r"\n(?= = [^=].*[^=] = \n)", text) if article.strip()]
-    seq, windows, words = min(512, model.config.block_size), [], 0
-    for article in articles:
-        words += len(article.split())
-        ids = [codec.eot, *codec.encode(detokenized(article)).tolist()]
-        windows += [ids[i : i + seq + 1] for i in range(0, len(ids) - 1, seq)]
-    total = sum(float(log_p.sum()) for log_p, _ in token_log_probs(model, windows, codec.n_vocab))
-    return dict(articles=len(articles), words=words, perplexity=math.exp(-total / words))
-
-
-def eval_blimp(args, model, codec):
-    """Of two sentences, is the grammatical one likelier? The mean over 67 paradigms of 1,000 pairs."""
-    path = local_or_download_eval(args, BLIMP)
-    if path.is_dir():
-        files = {file.stem: file.read_text("utf-8") for file in sorted(path.glob("*.jsonl"))}
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            files = {Path(name).stem: archive.read(name).decode() for name in archive.namelist() if re.search(r"/data/[^/]*\.jsonl$", name)}
-    else:
-        files = {}
-    if not files:
-        fail(f"--data {path}: neither a folder with BLiMP's .jsonl files nor its archive")
-    accuracy = {}
-    for name, text in tqdm(files.items(), "blimp", disable=args.quiet):
-        pairs = [json.loads(line) for line in text.splitlines()]
-        log_p = [token_log_probs(model, [[codec.eot, *codec.encode(pair[key]).tolist()] for pair in pairs], codec.n_vocab, 64)
-                 for key in ("sentence_good", "sentence_bad")]
-        accuracy[name] = float(np.mean([good[0].sum() > bad[0].sum() for good, bad in zip(*log_p)]))
-    return dict(accuracy=float(np.mean([*accuracy.values()])), paradigms=accuracy)
-
-
-EVALUATIONS = {"text": eval_text, "lambada": eval_lambada, "wikitext": eval_wikitext, "blimp": eval_blimp}
-
-
-def evaluate_task(args):
-    """Table 2: perplexity, LAMBADA, WikiText, BLiMP."""
-    wrong = [name for name in args.words if name not in EVALUATIONS]
-    if wrong:
-        fail(f"eval {wrong[0]}: there are {', '.join(EVALUATIONS)}")
-    if args.data and len(args.words) > 1:
-        fail("--data is the data of one evaluation: name just one")
-    model, codec, path = open_model(args, arch="any")
-    found = {name: EVALUATIONS[name](args, model, codec) for name in args.words or ["text"]}
-    for name, figures in found.items():
-        figures = {key: value if isinstance(value, float) else f"{value:,}" for key, value in figures.items() if key != "paradigms"}
-        print_table((name, ""), list(figures.items()))
-    print(*write(args, dict(checkpoint=str(path), **found)))
+            pairs = {pair for text in texts for pair in zip(text[1:], text[2:])}
+            nll = -np.mean([p for p, _ in log_probs(model, [(text[:1], text[1:]) for text in texts], codec.n_vocab)]) / length
+            rows.append((name, str(strength), float(np.mean([i in bag for i in drawn])), len(pairs) / len(drawn), float(nll)))
+    print_table(("bag", "strength", "tokens in the bag", "distinct pairs", "nats a token without control"), rows)
+    print(codec.decode(texts[0][1:]))
+    save_results(args.out, args, table=rows)
 
 
 def sample(args):
     """Continue --prompt, with the keys of all layers and the senses of all tokens so far kept."""
-    model, codec, _ = open_model(args, arch="any")
-    ids = prompt_ids(codec, args.prompt or ("the nurse" if "nurse" in (codec.words or ()) else "The " if codec.name != "words" else "the"))
-    print(codec.decode(generate(model, ids, args.tokens or 60, args.temperature, args.top_k, args.seed, codec.n_vocab)[1:]))
+    model, codec = open_model(args)
+    ids = prompt_ids(codec, args.prompt, model, args.tokens)
+    text = codec.decode(generate(model, [ids], args.tokens, codec.n_vocab, args.temperature, args.seed)[0][1:])
+    print(text)
+    save_results(args.out, args, text=text)
 
 
-def write_safetensors(path, tensors):
-    """The inverse of read_safetensors for float32 tensors."""
-    header, start = {}, 0
-    for name, t in tensors.items():
-        header[name] = dict(dtype="F32", shape=list(t.shape), data_offsets=[start, start := start + 4 * t.numel()])
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for t in tensors.values():
-            file.write(t.float().contiguous().cpu().numpy().tobytes())
-    os.replace(path.with_suffix(".tmp"), path)
+# ------------------------------------------------------------------------------------ section 4: similarity and evaluation
 
 
-def convert(args):
-    """A Backpack of any layout → Hugging Face's names and config.json, as safetensors; read again and compared, bit by bit."""
-    model, codec, path = open_model(args)
-    out = Path(args.out or "out/backpack/convert")
-    out.mkdir(parents=True, exist_ok=True)
-    file, c = out / "model.safetensors", model.config
-    about = dict(model_type="backpack-gpt2", vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-                 n_head=c.n_head, num_senses=model.n_sense, sense_intermediate_scale=model.sense_width, activation_function="gelu_new",
-                 layer_norm_epsilon=1e-5, scale_attn_by_inverse_layer_idx=c.scale_attn_by_layer, tie_word_embeddings=True,
-                 divide_by_k=model.divisor > 1, tokenizer=codec.name, words=codec.words)
-    write_safetensors(file, hf_state(model))
-    (out / "config.json").write_text(json.dumps(about, indent=1))
-    again, _ = import_released(read_safetensors(file), file, about)
-    same = all(torch.equal(a, b.cpu()) for a, b in zip(again.parameters(), model.float().parameters(), strict=True))
-    if not same:
-        fail(f"{file} does not hold what {path} holds: is the disk full?")
-    print(f"{path} → Hugging Face's names: {sum(p.numel() for p in model.parameters()):,} parameters, equal when read again")
-    print(out / "config.json", *write(args, dict(checkpoint=str(path), config=about)), file, sep="\n")
+def read_pairs(path):
+    """A table of two words and a score: tab, semicolon or comma between them; the score is the first number behind the
+    words. A first row without one is a header. → [(word, word, score)]."""
+    pairs, lines = [], [line for line in read_text(path).splitlines() if line.strip()]
+    for i, line in enumerate(lines, 1):
+        cells = [cell.strip() for cell in line.split(max("\t;,", key=lines[0].count))]
+        number = [float(cell) for cell in cells[2:] if re.fullmatch(r"-?\d+(\.\d+)?", cell)][:1]
+        if number:
+            pairs.append((*cells[:2], *number))
+        elif i > 1:
+            fail(f"{path}, row {i}: no two words and a score in {line!r}")
+    return pairs or fail(f"{path} has no pairs of words")
 
 
-# ---------------------------------------------------------------------------------------------- training: demo, ablation, recipe
+def ranks(values):
+    """Ranks from 1, tied ones averaged."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[index]
 
 
-@lru_cache(4)
-def corpus_of(name, seed):
-    return word_corpus(world_text(30_000, seed) if name == "world" else documentation(), 1024)
+def spearman(x, y):
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1]) if len(x) > 2 and np.ptp(x) and np.ptp(y) else math.nan
 
 
-def job_model(job, codec):
-    config = GPTConfig(job["seq"], codec.n_vocab, 2, 4, job["n_embd"], True, True)
-    return build(job["arch"], config, job.get("n_sense", 1), job.get("sense_width", 4), std=job["std"])
+def similarity(args):
+    """Table 4: do cosines of senses agree with people's judgements of similarity? The best sense is chosen on the
+    first file and scored on the others."""
+    sets = {path: read_pairs(path) for path in args.files}
+    model, codec = open_backpack(args, "prose.pt")
+    device, vectors, rows, best = model.lm_head.weight.device, {}, [], None
+    for word in {word for pairs in sets.values() for pair in pairs for word in pair[:2]}:
+        ids = codec.encode(word if codec.name == "words" else f" {word}")
+        if codec.name != "words" or ids and 0 not in ids:
+            ids = torch.tensor(ids, device=device)
+            each = torch.cat((model.senses(ids), model.lm_head.weight[ids][:, None]), 1).mean(0)  # over a word's pieces
+            vectors[word] = F.normalize(each.float(), dim=-1)  # (n_sense + 1, d), the last its embedding
+    for path, pairs in sets.items():
+        known = [pair for pair in pairs if pair[0] in vectors and pair[1] in vectors]
+        gold = [score for *_, score in known]
+        cosines = np.array([(vectors[a] * vectors[b]).sum(-1).tolist() for a, b, _ in known]).reshape(-1, model.n_sense + 1)
+        by_sense = [spearman(column, gold) for column in cosines.T]
+        chosen = best is None
+        best = int(np.nanargmax([-2, *by_sense[:-1]])) - 1 if chosen else best
+        rows.append((str(path), f"{len(known)} of {len(pairs)}", by_sense[-1], by_sense[best] if best >= 0 else math.nan,
+                     f"{best}{', chosen here' * chosen}", spearman(cosines[:, :-1].min(1), gold) if known else math.nan))
+    print_table(("Spearman correlation", "pairs found", "embedding", "sense", "which", "least over senses"), rows)
+    save_results(args.out, args, table=rows)
 
 
-def train_job(job, device, quiet):
-    """One small model of the demo or the ablation → dict of its validation loss, curve, weights, size and seconds."""
-    codec, train, val = corpus_of(job["corpus"], job["seed"])
-    torch.manual_seed(job["seed"])
-    model, start = job_model(job, codec).to(device), time.perf_counter()
-    run = dict(seq=job["seq"], batch_size=job["batch"], micro_batch_size=job["batch"], steps=job["steps"], lr=3e-3,
-               warmup=job["steps"] // 20, weight_decay=0.1, seed=job["seed"], n_vocab=codec.n_vocab)
-    history = pretrain(model, [train], run, device, quiet=quiet, name=job["name"])
-    loss = evaluate(Loss(model, codec.n_vocab), [val], 32, job["seq"], device, 0, 1)
-    return dict(name=job["name"], loss=loss, history=history, seconds=time.perf_counter() - start, weights=model.cpu().state_dict(),
-                parameters=sum(p.numel() for p in model.parameters()))
-
-
-def run_jobs(jobs, args):
-    """Train each; under torchrun every rank takes its share → (results in order, rank)."""
-    device, _, rank, world = set_up(args)
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # small matrices: a second thread costs more than it brings
-    results = [train_job(job, device, args.quiet or rank > 0) for job in jobs[rank::world]]
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, results)
-        results = [shares[i % world][i // world] for i in range(len(jobs))]
-        dist.barrier()
-        dist.destroy_process_group()
-    return results, rank
-
-
-WORLD_JOB = dict(corpus="world", n_embd=64, seq=32, batch=16, std=0.08)
-PROSE_JOB = dict(corpus="prose", n_embd=64, seq=64, batch=12, std=0.06)
-
-
-def draw_gains(names, results):
-    """Training loss less that of the second, smoothed over 50 steps: both saw the same batches, whose noise is larger than the gaps."""
-    def draw(ax):
-        base = np.array(results[1]["history"])
-        for name, result in zip(names, results):
-            gap = np.array(result["history"])[:, 1] - base[:, 1]
-            smooth = [gap[max(0, i - 4) : i + 1].mean() for i in range(len(gap))]
-            ax.plot(base[:, 0], smooth, color="black" if result is results[1] else None, label=f"{name}: {result['loss']:.3f} held out")
-        ax.set(xlabel="steps", ylabel=f"training loss less the {names[1]}'s, nats a word",
-               title="Loss on Python's documentation: below 0 is better")
-        ax.legend()
-
-    return draw
-
-
-def draw_professions(model, codec, sense):
-    """A heat map: what each sense of each profession adds to the log-odds of he against she."""
-    nouns = [noun for kind in HE_SHARE for noun in WORLD[kind]]
-    rows, ids = model.lm_head.weight, torch.tensor([token(codec, noun) for noun in nouns])
-    values = (model.senses(ids) @ (rows[token(codec, "he")] - rows[token(codec, "she")])).numpy()  # (nouns, n_sense)
-
-    def draw(ax):
-        image = ax.imshow(values, cmap="RdBu_r", vmin=-abs(values).max(), vmax=abs(values).max(), aspect="auto")
-        ax.set_yticks(range(len(nouns)), nouns)
-        ax.set_xticks(range(model.n_sense), [f"{i} *" if i == sense else str(i) for i in range(model.n_sense)])
-        ax.set(xlabel="sense (* the one to be removed)", title="What senses of professions add to log P(he)/P(she)")
-        ax.figure.colorbar(image, ax=ax)
-
-    return draw
-
-
-def demo(args):
-    """The paper's claims in small: a Backpack's loss beside a Transformer's on a generated world and on real prose; then its senses are
-    read, one of them is taken out of the professions, and the maker of a product is changed."""
-    jobs = [dict(WORLD_JOB, name="world, Backpack", arch="backpack", n_sense=8),
-            dict(WORLD_JOB, name="world, Transformer", arch="transformer"),
-            dict(PROSE_JOB, name="prose, Backpack", arch="backpack", n_sense=16),
-            dict(PROSE_JOB, name="prose, Transformer", arch="transformer"),
-            dict(PROSE_JOB, name="prose, Transformer of the Backpack's size", arch="transformer", n_embd=120)]
-    jobs = [dict(job, seed=args.seed, steps=args.steps or (800 if job["corpus"] == "world" else 400)) for job in jobs]
-    results, rank = run_jobs(jobs, args)
-    if rank:
-        return
-    out = Path(args.out or "out/backpack/demo")
-    models, codecs = [], []
-    for job, result, name in zip(jobs, results, ("world", "world_transformer", "prose")):
-        codecs.append(corpus_of(job["corpus"], job["seed"])[0])
-        models.append(job_model(job, codecs[-1]).eval().requires_grad_(False))
-        models[-1].load_state_dict(result["weights"])
-        save_model_file(out / f"{name}.pt", models[-1], codecs[-1])
-    print_table(("", "steps", "parameters", "validation loss", "seconds"),
-                [(r["name"], str(job["steps"]), f"{r['parameters']:,}", r["loss"], f"{r['seconds']:.0f}") for job, r in zip(jobs, results)])
-
-    read = {}
-    for name, i, words in (("world", 0, ("nurse", "mechanic", "macbook", "bread")), ("prose", 2, ("import", "list", "class", "returns"))):
-        best = read[name] = dict(zip(words, top_senses(models[i], codecs[i], [token(codecs[i], word) for word in words], 3)))
-        print()
-        print_table((f"{name}: senses of", *words), [
-            (f"sense {sense}", *(" ".join(text for text, _ in best[word][sense]) for word in words)) for sense in range(models[i].n_sense)])
-
-    model, codec = models[0], codecs[0]
-    bias, other = gender(model, codec), transformer_gender(models[1], codecs[1])
-    print()
-    print_table(("bias ratio he : she (true: 9)", "Transformer", "Backpack"), [
-        ("unchanged", other["unchanged"], bias["unchanged"]), ("gender direction projected out of the input", other["projected"], math.nan),
-        (f"sense {bias['sense']} removed", math.nan, bias["removed"]), ("another sense removed, best", math.nan, min(
-            value for i, value in enumerate(bias["removing_each"]) if i != bias["sense"])),
-        ("a factor for each noun", other["part by noun"], bias["factor by noun"]),
-        ("a factor for each noun, in [0, 1]", math.nan, bias["factor by noun, in [0, 1]"])])
-
-    found, _ = edit_figures(model, codec, "macbook", "apple", "hp", MADE_BY, ["iphone", "ipad"])
-    print()
-    print_edit(found, "apple", "hp")
-    mine, others = ([row for row in found if (row["word"] == "macbook") == which] for which in (True, False))
-    new_fact = float(np.mean([row["after"][1] for row in mine]))
-    moved = max(abs(a - b) for row in others for a, b in zip(row["after"], row["before"]))
-    checks = {
-        "prose: the Backpack's loss is at or below its context Transformer's": results[2]["loss"] <= results[3]["loss"],
-        "removing one sense at least halves the bias ratio": bias["removed"] <= bias["unchanged"] / 2,
-        "the edit lifts the new maker above 0.5": new_fact > 0.5,
-        "it moves the other products by at most 0.02": moved <= 0.02,
-    }
-    print()
-    print_table(("shown here", ""), [(claim, "yes" if holds else "no") for claim, holds in checks.items()])
-
-    def draw(axes):
-        draw_gains([job["name"].removeprefix("prose, ") for job in jobs[2:]], results[2:])(axes[0, 0])
-        draw_professions(model, codec, bias["sense"])(axes[0, 1])
-        nouns, _, test, he, she = bias_setting(codec)
-        draw_factors(model, codec, bias["sense"], "nurse", test[-1], he, she)(axes[1, 0])
-        draw_edit([row for row in found if row["prompt"].endswith("made by")], "apple", "hp")(axes[1, 1])
-
-    table = [dict(job, **{key: value for key, value in r.items() if key != "weights"}) for job, r in zip(jobs, results)]
-    failed = [claim for claim, holds in checks.items() if not holds]
-    if failed:
-        print(f"not shown, the models are trained too little or the effect is not there: {'; '.join(failed)}", file=sys.stderr)
-    figures = dict(table=table, senses=read, gender=bias, transformer_gender=other, edit=found, new_fact=new_fact, others_moved=moved)
-    print(*write(args, dict(**figures, checks=checks), draw, nrows=2, ncols=2, figsize=(13, 9)), sep="\n")
-    if failed:
-        raise SystemExit(1)
-
-
-def ablate_k(args):
-    """Table 8: the number of senses, with the sense network's hidden layers shrunk as in the paper, on Python's documentation."""
-    if max(args.senses_of) > PROSE_JOB["n_embd"]:
-        fail(f"--senses_of {max(args.senses_of)}: from 1 to {PROSE_JOB['n_embd']} senses are possible at width {PROSE_JOB['n_embd']}")
-    seeds = range(args.seed, args.seed + args.seeds)
-    kinds = [(f"Backpack, k = {k}", dict(arch="backpack", n_sense=k, sense_width=1)) for k in args.senses_of]
-    kinds.append(("Transformer, same context", dict(arch="transformer")))
-    jobs = [dict(PROSE_JOB, name=name, seed=seed, steps=args.steps or 300, **kind) for name, kind in kinds for seed in seeds]
-    results, rank = run_jobs(jobs, args)
-    if rank:
-        return
+def read_rows(path, fields):
+    """The JSON lines of a file, each an object with these fields."""
     rows = []
-    for i, (name, _) in enumerate(kinds):
-        group = results[i * len(seeds) : (i + 1) * len(seeds)]
-        losses = np.array([r["loss"] for r in group])
-        sd = float(losses.std(ddof=1)) if len(seeds) > 1 else math.nan
-        rows.append((name, f"{group[0]['parameters']:,}", float(losses.mean()), sd,
-                     f"{math.exp(losses.mean()):.2f}", f"{np.mean([r['seconds'] for r in group]):.1f}"))
-    header = ("parameters", "validation loss", "± sd", "perplexity", "s a run")
-    print_table((f"{jobs[0]['steps']} steps, seeds {seeds[0]} to {seeds[-1]}", *header), rows)
-
-    def draw(ax):
-        ax.errorbar(args.senses_of, [row[2] for row in rows[:-1]], [row[3] for row in rows[:-1]], marker="o", capsize=3, label="Backpack")
-        ax.axhline(rows[-1][2], color="black", ls="--", label=rows[-1][0])
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(args.senses_of, map(str, args.senses_of))
-        ax.set(xlabel="number of senses", ylabel="validation loss, nats a word", title="Python's documentation")
-        ax.legend()
-
-    print(*write(args, dict(table=rows), draw, figsize=(6, 4)), sep="\n")
+    for i, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+            if not all(isinstance(rows[-1][field], str) for field in fields):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            fail(f"{path}, row {i}: no JSON object with the texts {', '.join(fields)}")
+    return rows or fail(f"{path} is empty")
 
 
-def train(args):
-    """Section 3.1: the paper's recipe, for a Backpack or the Transformer inside it; on a laptop, a GPU, or under torchrun."""
-    device, dtype, rank, world = set_up(args)
-    on_gpu, size = device.type == "cuda", SIZES[args.size]
-    paper = args.size in ("micro", "mini", "small")
-    out = Path(args.out or f"out/backpack/train-{args.arch}-{args.size}")
-    seq, batch = args.seq or (512 if paper else 128), args.batch_size or (1024 if paper and on_gpu else 8)
-    micro = args.micro_batch_size or math.gcd(batch // world, 32 if on_gpu else 8) or 1
-    steps = args.steps or (100_000 if paper and on_gpu else 300)
-    if batch % (micro * world):
-        fail(f"--batch_size {batch} is not a multiple of --micro_batch_size {micro} × {world} ranks")
-    warmup = steps // 100 if args.warmup is None else args.warmup
-    if warmup >= steps:
-        fail(f"--warmup {warmup} leaves nothing of --steps {steps}")
-    if args.n_sense > size["n_embd"]:
-        fail(f"--n_sense {args.n_sense}: from 1 to {size['n_embd']} senses are possible at width {size['n_embd']}")
-    shards, val_shards, tokenizer = load_tokens(args.data or "prose", args.tokenizer or ("auto" if paper else "bytes"), seq)
-    codec = codec_of(tokenizer)
-    config = GPTConfig(**{**size, "block_size": seq}, vocab_size=ROWS if paper else codec.n_vocab, bias=True, scale_attn_by_layer=True)
-    if codec.n_vocab > config.vocab_size:
-        fail(f"--tokenizer {tokenizer} has {codec.n_vocab} ids, more than the {config.vocab_size} rows of --size {args.size}")
-    model = build(args.arch, config, args.n_sense, 1 if args.shrunk else 4, std=0.02 if paper else 0.5 * config.n_embd**-0.5).to(device)
-    if isinstance(model, Backpack):
-        model.dedup = not args.no_dedup
-    run = dict(seq=seq, batch_size=batch, micro_batch_size=micro, steps=steps, lr=args.lr or (6e-4 if paper else 2e-3), warmup=warmup,
-               weight_decay=0.1, seed=args.seed, n_vocab=codec.n_vocab, save_every=args.save_every)
-    settings = dict(run, **asdict(config), arch=args.arch, n_sense=args.n_sense, shrunk=args.shrunk, tokenizer=tokenizer,
-                    corpus=corpus_hash(shards))
-    checkpoint, saved = out / "resume.pt", None
-    if args.resume:
-        if not checkpoint.is_file():
-            fail(f"--resume: no {checkpoint}")
-        saved = load_checkpoint(checkpoint, device)
-        for key, value in settings.items():
-            if saved["settings"].get(key) != value:
-                fail(f"{checkpoint} was made with {key} = {saved['settings'].get(key)}, this run has {value}")
-        model.load_state_dict(saved["model"])
-    if args.compile:
-        model.trunk = torch.compile(model.trunk)
-    if rank == 0:
-        print(f"{args.arch} {args.size}: {sum(p.numel() for p in model.parameters()):,} parameters, {batch} × {seq} tokens a step, warm-up "
-              f"over {warmup} of {steps:,} steps, {str(dtype).removeprefix('torch.')}", flush=True)
-
-    def save(state):
-        if rank == 0:
-            save_checkpoint(checkpoint, dict(**state, model=model.state_dict(), settings=settings))
-            save_model_file(out / "model.pt", model, codec)
-
-    start = time.perf_counter()
-    try:
-        history = pretrain(model, shards, run, device, dtype, rank, world, args.quiet, saved, save)
-    except KeyboardInterrupt:
-        if rank == 0:
-            print(f"\nstopped; the checkpoint of every {args.save_every} steps is kept: the same command with --resume goes on")
-        raise SystemExit(130) from None
-    seconds = time.perf_counter() - start
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        loss = evaluate(Loss(model, codec.n_vocab), val_shards, micro, seq, device, rank, world, args.eval_tokens)
-    if rank == 0:
-        done = steps - (saved["step"] if saved else 0)
-        print_table((f"{args.arch} {args.size}", ""), [
-            ("training loss", history[-1][1]), ("validation loss", loss), ("perplexity a token", math.exp(loss)),
-            ("tokens a second", f"{done * batch * seq / seconds:,.0f}")])
-
-        def draw(ax):
-            ax.plot(*zip(*history))
-            ax.set(xlabel="steps", ylabel="training loss, nats a token", title=f"{args.arch}, {args.size}")
-
-        args.out = str(out)
-        print(out / "model.pt", *write(args, dict(settings=settings, loss=loss, history=history), draw, figsize=(6, 4)), sep="\n")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+KINDS = (("suffix1", "suffix2", "prefix"), ("prefix", "suffix"), ("sentence_good", "sentence_bad"), ("text",))
 
 
-# ---------------------------------------------------------------------------------------------- what it costs
+def evaluate_lines(path, model, codec):
+    """JSON lines, by their fields: pronoun bias, continuations such as capitals, BLiMP's pairs, LAMBADA's last words."""
+    first = read_text(path).partition("\n")[0]
+    fields = next((fields for fields in KINDS if all(f'"{field}"' in first for field in fields)), None)
+    if fields is None:
+        fail(f"{path}, row 1: want {' or '.join(' and '.join(fields) for fields in KINDS)}")
+    rows, start, encode = read_rows(path, fields), [codec.start], codec.encode
+    score = lambda pairs: log_probs(model, [(start + encode(before), encode(after)) for before, after in pairs], codec.n_vocab)
+    if fields == ("text",):
+        rows, fields = [dict(zip(("prefix", "", "suffix"), row["text"].rpartition(" "))) for row in rows], ("prefix", "suffix")
+        rows = [dict(row, suffix=" " + row["suffix"]) for row in rows]
+    if fields == ("prefix", "suffix"):
+        found = score([(row["prefix"], row["suffix"]) for row in rows])
+        return dict(rows=len(rows), accuracy=float(np.mean([best for _, best in found])),
+                    perplexity=math.exp(-np.mean([p for p, _ in found])))
+    one, two = fields[:2]
+    a, b = (np.array([p for p, _ in score([(row.get("prefix", ""), row[name]) for row in rows])]) for name in (one, two))
+    figures = {"rows": len(rows), f"{one} likelier": float(np.mean(a > b))}
+    return figures | (dict(bias_ratio=float(np.exp(abs(a - b)).mean())) if "prefix" in fields else {})
 
 
-def mix_by_sense(query, key, table, index, scale):
-    """sense_mix as one product a sense and a sum over senses: what the matrix product over (l, j) is measured against."""
-    per_sense = sense_weights(query, key, scale).transpose(1, 2) @ table[index].transpose(1, 2)  # (batch, n_sense, seq, d)
-    return per_sense.sum(1)
+def evaluate_text(path, model, codec):
+    """Perplexity over windows that do not overlap: a text, or a JSON list of texts; without a file Python's prose."""
+    text = "\n".join(stdlib_prose())[-200_000:] if path is None else read_text(path)
+    if path is not None and path.suffix == ".json":
+        try:
+            text = "\n".join(json.loads(text))
+        except (ValueError, TypeError):
+            fail(f"{path} is no JSON list of texts")
+    ids = np.array(codec.encode(text.replace("<|endoftext|>", "")))
+    seq = min(model.config.block_size, 512)
+    if len(ids) <= seq:
+        fail(f"{path}: {len(ids)} tokens are too few for one window of {seq}")
+    loss = validation_loss(Loss(model, codec.n_vocab), [ids], seq, n=len(ids))
+    unknown = {"unknown words": float(np.mean(ids == 0))} if codec.name == "words" else {}
+    return dict(tokens=len(ids), loss=loss, perplexity=math.exp(loss), **unknown)
 
 
-def least_seconds(function, repeats, device):
-    """On a CPU seconds of this process, which other processes beside it do not change."""
-    clock, times = time.process_time if device.type == "cpu" else time.perf_counter, []
-    for _ in range(repeats):
-        start = clock()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(clock() - start)
-    return min(times)
+def evaluate(args):
+    """Table 2 and the like, by the file: perplexity of a text, or JSON lines of LAMBADA, BLiMP, pronouns, capitals."""
+    files = args.files or [None]
+    for path in filter(None, files):
+        if not path.is_file():
+            fail(f"{path}: no such file")
+    model, codec = open_model(args)
+    found = {str(path): (evaluate_lines if path and path.suffix == ".jsonl" else evaluate_text)(path, model, codec)
+             for path in files}
+    for path, figures in found.items():
+        print_table((path if path != "None" else "Python's help topics and docstrings", ""), list(figures.items()))
+    save_results(args.out, args, **found)
 
 
-def bench(args):
-    """Table 7 and what makes it fast: senses once a distinct token, one matrix product, a cache; least of several runs."""
-    device, *_ = set_up(args)
-    torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
-    repeats = args.steps or 3
-    size = SIZES[args.size]
-    d, k = size["n_embd"], args.n_sense
-    text = word_corpus(documentation(), 50_257)[1][:8192].astype(np.int64)
-    text = torch.from_numpy(text).view(-1, size["block_size"]).to(device)
-    gpt = GPTConfig(**{**size, "block_size": 512}, vocab_size=8192, bias=True, scale_attn_by_layer=True)
-    backpack, transformer = (build(arch, gpt, k).to(device) for arch in ("backpack", "transformer"))
-    ids, index = text.unique(return_inverse=True)
-    embed, rows = backpack.gpt.transformer.wte, []
-
-    grad = torch.randn(*text.shape, k, d, device=device)
-
-    def senses_of(distinct):
-        table = backpack.sense_network(embed(ids if distinct else text))
-        (table[index] if distinct else table).backward(grad)
-
-    times = [least_seconds(partial(senses_of, distinct), repeats, device) for distinct in (False, True)]
-    what = f"sense network, forward and backward, {text.numel():,} tokens, {len(ids):,} distinct"
-    rows.append((what, "every token", times[0], "every distinct one", times[1]))
-    short = text[:2]
-    query, key, table, at, scale = [t.detach() if torch.is_tensor(t) else t for t in backpack.parts(short)[0]]
-    inputs = [t.requires_grad_() for t in (query, key, table)]
-
-    def mixing(mix):
-        torch.autograd.grad(mix(*inputs, at, scale).sum(), inputs)
-
-    times = [least_seconds(partial(mixing, mix), repeats + 2, device) for mix in (mix_by_sense, sense_mix)]
-    rows.append((f"mixing, forward and backward, {tuple(short.shape)}", "a product a sense", times[0], "one product", times[1]))
-    backpack.requires_grad_(False), transformer.requires_grad_(False)
-    n_new, prompt = 200, [text[0, :4].tolist()]
-    texts = []
-
-    def generating(cached):
-        texts.append(continue_texts(backpack, prompt, n_new, 0, 8192, cached=cached))
-
-    times = [least_seconds(partial(generating, False), 1, device)]
-    backpack.memo = {}  # the second time all senses are known
-    times.append(least_seconds(partial(generating, True), 2, device))
-    rows.append((f"generating {n_new} tokens", "all anew each time", times[0], "cached", times[1]))
-    times = [least_seconds(partial(model, text[:4]), repeats, device) for model in (backpack, transformer)]
-    rows.append((f"forward, {tuple(text[:4].shape)}", "Backpack", times[0], "Transformer", times[1]))
-    parameters = [sum(p.numel() for p in model.parameters()) for model in (backpack, transformer)]
-    print(f"{args.size}, k = {k}, 8,192 rows: {parameters[0]:,} parameters, Transformer {parameters[1]:,}; "
-          f"{'cpu, one thread' if device.type == 'cpu' else device.type}")
-    print_table(("milliseconds", "", "", "", "", "ratio"), [
-        (what, first, f"{a * 1e3:.1f}", second, f"{b * 1e3:.1f}", a / b) for what, first, a, second, b in rows])
-    print("the fused mixing kernel, on a GPU: python -m kernels.sense_mix")
-
-    def draw(ax):
-        ax.barh([f"{what}\n{first} : {second}" for what, first, _, second, _ in rows], [row[2] / row[4] for row in rows])
-        ax.invert_yaxis()
-        ax.axvline(1, color="black", lw=1)
-        ax.set(xlabel="time of the first over time of the second", title=f"Backpack, {args.size}")
-
-    print(*write(args, dict(size=args.size, n_sense=k, table=rows, same_text=texts[0] == texts[1]), draw, figsize=(11, 3)), sep="\n")
-
-
-# ============================================================================================== command line
-
-TASKS = {"demo": demo, "train": train, "senses": senses, "similarity": similarity, "topic": topic, "debias": debias, "edit": edit,
-         "attribute": attribute, "eval": evaluate_task, "ablate_k": ablate_k, "sample": sample, "convert": convert, "bench": bench}
+# ==================================================================================== command line
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.error = fail  # one line, exit code 2
-    flag, count = parser.add_argument, number(int, 1)
-    flag("task", nargs="?", choices=TASKS, default="demo", help="demo (the default): train small Backpacks and Transformers, read senses, "
-         "debias, edit; train: the paper's recipe; senses WORD…: what they say; similarity: table 4; topic, debias, edit: section 6; "
-         "attribute: every term of a logit; eval [text lambada wikitext blimp]: table 2; ablate_k: table 8; sample; convert: to Hugging "
-         "Face's layout; bench: table 7")
-    flag("words", nargs="*", help="senses: the words; eval: the evaluations")
-    flag("--ckpt", help=f"the model of all tasks but demo, train, ablate_k, bench: a file of ours, of Hugging Face, of Levanter, of the "
-         f"authors, or to download {', '.join(RELEASED)} (default: the demo's)")
-    flag("--n_head", type=count, help="heads of a released checkpoint that has no config.json and none of the paper's sizes")
-    flag("--divide_by_k", action=argparse.BooleanOptionalAction, help="a released checkpoint's output is o/k (Levanter's: yes)")
-    flag("--sense", type=number(int, 0), help="senses: show this one; debias: change this one (default: located)")
-    flag("--top", type=count, default=6, help="senses: words a sense; attribute: terms")
-    flag("--neg", action="store_true", help="senses: the words that a sense speaks against")
-    flag("--first_piece", action="store_true", help="of a word of several tokens take the first")
-    flag("--all_nouns", action="store_true", help="debias: also nouns of several tokens (the paper's 30 have one)")
-    flag("--word", help="edit: the word whose fact changes")
-    flag("--remove", help="edit: what it goes with now")
-    flag("--add", help="edit: what it shall go with")
-    flag("--control", nargs="*", help="edit: words that should stay as they are")
-    flag("--prompt", help="sample, attribute: a text; edit: a text with {} for the word")
-    flag("--target", help="attribute: the next word whose logit is taken apart (she)")
-    flag("--bag", help="topic: one of the topics, or words of your own, separated by commas")
-    flag("--strength", type=int, choices=range(4), help="topic: 0 = no control to 3 (default: all)")
-    flag("--samples", type=count, default=20, help="topic: texts for each bag and strength (the paper: 500)")
-    flag("--tokens", type=count, help="sample: 60, topic: 40 (the paper: 100), edit: 12 tokens to draw")
-    flag("--temperature", type=number(float, 0), default=1.0, help="sample: 0 = always the likeliest")
-    flag("--top_k", type=count, help="sample: draw among the k likeliest")
-    flag("--arch", choices=("backpack", "transformer"), default="backpack", help="train: which")
-    flag("--size", choices=SIZES, default="nano", help="train, bench: the paper's micro, mini, small; nano, demo for a CPU")
-    flag("--n_sense", type=count, default=16, help="train, bench: number of senses k")
-    flag("--senses_of", type=count, nargs="+", default=[1, 4, 16], metavar="K", help="ablate_k: numbers of senses (the paper: 1 4 16 64)")
-    flag("--shrunk", action="store_true", help="train: hidden width of the sense network d, not 4d, as in table 8")
-    flag("--no_dedup", action="store_true", help="train: compute the senses of every position, not of every distinct token")
-    flag("--data", help="train: prose (default), code, stdlib, shakespeare, fineweb:N, a text file, a folder of .bin shards; eval: the "
-         "file; similarity: the folder of the four sets")
-    flag("--tokenizer", choices=("auto", "bytes", "gpt2"), help="train: bytes for nano and demo, else auto (gpt2 where tiktoken has it)")
-    flag("--steps", type=count, help="updates; demo: 800 and 400; ablate_k: 300; train: 100,000 on a GPU (the paper's), 300 on a CPU; "
-         "bench: repeats")
-    flag("--seeds", type=count, default=1, help="ablate_k: number of seeds, from --seed on")
-    flag("--batch_size", type=count, help="train: sequences an update, over all ranks (1024 on a GPU, the paper's; 8 on a CPU)")
-    flag("--micro_batch_size", type=count, help="train: sequences a forward pass (32 on a GPU, 8 on a CPU, if it divides)")
-    flag("--seq", type=number(int, 2), help="train: context in tokens (512, the paper's; nano, demo: 128)")
-    flag("--lr", type=number(float, 1e-9), help="train: peak learning rate (6e-4, the paper's; nano, demo: 2e-3)")
-    flag("--warmup", type=number(int, 0), help="train: updates of linear warm-up (a hundredth of --steps, as in the released config; the "
-         "paper says 5000)")
-    flag("--save_every", type=count, default=1000, help="train: updates between checkpoints")
-    flag("--eval_tokens", type=number(int, 0), default=0, help="train: validation tokens, the first so many; 0 = all")
-    flag("--resume", action="store_true", help="train: go on from the checkpoint in --out")
-    flag("--compile", action="store_true", help="train: torch.compile the trunk")
-    flag("--device", default="auto", help="auto is cuda, else mps, else cpu")
-    flag("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="train: of matmuls; auto: bfloat16 on cuda")
-    flag("--seed", type=number(int, 0, 2**31), default=0, help="of weights, data and samples")
-    flag("--out", help="folder for results, figures and checkpoints (out/backpack/<task>)")
-    flag("--no_plot", action="store_true", help="write no figure")
-    flag("--quiet", action="store_true", help="no progress bars")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        argv.insert(0, "demo")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Without TASK: demo.")
+    parser.error = fail
+    tasks = parser.add_subparsers(required=True, metavar="TASK")
+    flags = {
+        "ckpt": dict(help="a checkpoint of ours, a released .bin or .safetensors, or public (684 MB by download); default: "
+                     "the demo's model"),
+        "n_head": dict(type=int, help="of a released model without config.json (d/64)"),
+        "divide_by_k": dict(action="store_true", help="logits of a released model are divided by k (Levanter's weights)"),
+        "arch": dict(choices=("backpack", "transformer"), default="backpack", help="(%(default)s)"),
+        "size": dict(choices=SIZES, default="nano", help="the paper: micro, mini, small (%(default)s)"),
+        "n_sense": dict(type=int, default=16, help="senses a word (%(default)s, the paper's)"),
+        "tokenizer": dict(choices=("bytes", "gpt2"), default="bytes", help="of a new model (%(default)s; the paper: gpt2)"),
+        "data": dict(default="prose", help="prose (what every Python ships), a text file, or a folder of *train*.bin and "
+                     "*val*.bin shards of gpt2 tokens"),
+        "steps": dict(type=int, help="updates (train: 100,000 on a GPU, the paper's, else 300; demo: 800 and 400)"),
+        "batch_size": dict(type=int, help="sequences an update, over all ranks (1,024 on a GPU, the paper's; else 8)"),
+        "micro_batch_size": dict(type=int, help="sequences a forward pass (32 on a GPU, else 8)"),
+        "lr": dict(type=float, default=6e-4, help="peak learning rate (%(default)s, the paper's; nano learns faster at 2e-3)"),
+        "save_every": dict(type=int, default=100, help="updates between checkpoints (%(default)s)"),
+        "resume": dict(action="store_true", help="go on from the checkpoint in --out"),
+        "seeds": dict(type=int, default=3, help="number of seeds, from --seed on (%(default)s)"),
+        "top": dict(type=int, default=5, help="how many to show (%(default)s)"),
+        "prompt": dict(help="text (%(default)s)"),
+        "target": dict(default="she", help="the word whose logit is explained (%(default)s)"),
+        "sense": dict(type=int, help="the sense to remove (located on other prompts)"),
+        "word": dict(default="macbook", help="its senses are edited (%(default)s; public: MacBook)"),
+        "remove": dict(default="apple", help="direction that goes (%(default)s; public: Apple)"),
+        "add": dict(default="hp", help="direction that comes (%(default)s; public: HP)"),
+        "control": dict(nargs="*", default=["iphone", "ipad"], help="words that should stay (%(default)s; public: iPhone)"),
+        "save": dict(type=Path, help="write the edited model there, for --ckpt"),
+        "bags": dict(nargs="+", default=["team,goal,coach,match", "bread,soup,cheese,salad", "song,band,guitar,piano"],
+                     help="topics, each words with commas between (%(default)s)"),
+        "samples": dict(type=int, default=50, help="texts a topic and strength (%(default)s)"),
+        "tokens": dict(type=int, default=20, help="new tokens a text (%(default)s)"),
+        "temperature": dict(type=float, default=1.0, help="0 takes the likeliest token (%(default)s)"),
+        "seed": dict(type=int, default=0, help="of weights, data order and samples (%(default)s)"),
+        "device": dict(help="cuda or cpu (cuda where there is one; demo, ablate_k: cpu)"),
+        "out": dict(type=Path, help="folder for results (%(default)s)"),
+        "no_plot": dict(action="store_true", help="write no figure"),
+        "quiet": dict(action="store_true", help="no progress bars"),
+    }
+
+    def task(function, names, *positional, **defaults):
+        name = "eval" if function is evaluate else function.__name__
+        sub = tasks.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__)
+        sub.error = fail
+        for flag in f"{names} seed device out".split():
+            sub.add_argument(f"--{flag}", **flags[flag])
+        for flag, settings in positional:
+            sub.add_argument(flag, **settings)
+        sub.set_defaults(task=function, out=Path(f"out/backpack/{name}"), **defaults)
+
+    model = "ckpt n_head divide_by_k"
+    task(demo, "steps no_plot quiet")
+    task(train, f"{model} arch size n_sense tokenizer data steps batch_size micro_batch_size lr save_every resume quiet")
+    task(senses, f"{model} top", ("words", dict(nargs="*", default=["nurse", "mechanic"], help="words to read")))
+    task(attribute, f"{model} prompt target top", prompt="the nurse walked in when")
+    task(debias, f"{model} sense save data", data=None)
+    task(edit, f"{model} word remove add prompt control save", prompt="the {} is made by")
+    task(topic, f"{model} bags samples tokens")
+    task(similarity, model, ("files", dict(nargs="+", type=Path, help="tables of two words and a score")))
+    task(sample, f"{model} prompt tokens temperature", prompt="the nurse")
+    task(evaluate, model, ("files", dict(nargs="*", type=Path, help=".txt, .json or .jsonl (Python's prose)")))
+    task(ablate_k, "steps seeds quiet")
     args = parser.parse_args(argv)
-    if args.words and args.task not in ("senses", "eval"):
-        fail(f"{args.task} takes no further words: {args.words[0]}")
-    if args.resume and args.task != "train":
-        fail("--resume goes with train alone")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.task not in ("demo", "ablate_k", "train"):
-        fail(f"{args.task} is for one process: run it without torchrun")
+    for name in "steps batch_size micro_batch_size lr save_every seeds top samples tokens n_sense n_head".split():
+        if getattr(args, name, None) is not None and not getattr(args, name) > 0:
+            fail(f"--{name} {getattr(args, name)} must be above 0")
     return args
 
 
 def main():
-    args = parse_args()
-    try:
-        TASKS[args.task](args)
-    except KeyboardInterrupt:
-        fail("stopped")
+    run(parse_args())
 
 
 if __name__ == "__main__":
