@@ -51,7 +51,7 @@ class MLP(nn.Module):
 
 
 class SenseNetwork(nn.Module):
-    """C: embeddings (..., d) → senses (..., n_sense, d). It sees neither context nor position (section 2.2, appendix A.1)."""
+    """C: embeddings (..., d) → senses (..., n_sense, d). No context, no position (section 2.2, appendix A.1)."""
 
     def __init__(self, d, n_sense, width):
         super().__init__()
@@ -66,7 +66,7 @@ class SenseNetwork(nn.Module):
 
 
 def sense_weights(query, key, scale):
-    """α, non-negative, Σ_j α_lij = 1 for each sense l: softmax over j ≤ i of scale·⟨query_li, key_lj⟩, in float32 or wider.
+    """α, non-negative, Σ_j α_lij = 1 for each sense l: softmax over j ≤ i of scale·⟨query_li, key_lj⟩, in float32.
 
     query (batch, n_query, n_sense, e), of the last n_query positions; key (batch, seq, n_sense, e).
     → (batch, n_query, n_sense, seq), 0 for j > i.
@@ -79,17 +79,17 @@ def sense_weights(query, key, scale):
 
 
 def mix(alpha, senses):
-    """o_i = Σ_l Σ_j α_lij·C(x_j)_l as one matrix product over (l, j). senses (batch, seq, n_sense, d) → (batch, n_query, d)."""
+    """o_i = Σ_l Σ_j α_lij·C(x_j)_l, one product over (l, j). senses (batch, seq, n_sense, d) → (batch, n_query, d)."""
     return alpha.to(senses.dtype).flatten(2) @ senses.transpose(1, 2).flatten(1, 2)
 
 
 def sense_mix(query, key, table, index, scale):
-    """mix of sense_weights. table (rows, n_sense, d): senses of distinct tokens; index (batch, seq) int64: each one's row."""
+    """mix of sense_weights. table (rows, n_sense, d): senses of distinct tokens; index (batch, seq) int64: their rows."""
     return mix(sense_weights(query, key, scale), table[index])
 
 
 class Backpack(nn.Module):
-    """A Transformer that only weighs: logits = E·o, o of sense_mix; E embeds the tokens and is the sense network's input.
+    """A Transformer that only weighs: logits = E·o, o of sense_mix; E embeds the tokens and feeds the sense network.
 
         model = Backpack(Config(n_layer=6, n_head=6, d=384), n_sense=16)
         logits = model(ids)                                    # (batch, seq) int64 → (batch, seq, n_vocab)
@@ -119,7 +119,7 @@ class Backpack(nn.Module):
         return torch.stack([self.known[i] for i in ids.tolist()])
 
     def parts(self, ids, cache=None):
-        """→ the arguments of sense_mix, and all ids. A cache keeps, under "senses", the keys of the senses and the ids so far."""
+        """→ the arguments of sense_mix, and all ids. A cache keeps, as "senses", the senses' keys and the ids so far."""
         hidden = self.gpt.trunk(ids, cache)  # (batch, n, d)
         query, key = self.weight_net(hidden).unflatten(-1, (2, self.n_sense, -1)).unbind(-3)
         if cache is not None:
@@ -166,9 +166,9 @@ def attribution(model, ids, direction):
 
 
 def swapped(senses, removed, added):
-    """The knowledge edit of section 6.3: what points along E_removed points along E_added, as far in that one's own length.
+    """Section 6.3's edit: what points along E_removed points along E_added, as far in that one's own length.
 
-        C̃ = C + ⟨C, E_r⟩/|E_r|²·(E_a·|E_r|²/|E_a|² − E_r)        (the paper prints another divisor; this is the authors' code)
+        C̃ = C + ⟨C, E_r⟩/|E_r|²·(E_a·|E_r|²/|E_a|² − E_r)    (the paper prints another divisor; this is the authors' code)
 
     senses (n_sense, d); removed, added (d,): rows of E. For orthogonal rows C̃ has no E_r left and ⟨C, E_r⟩ along E_a.
     """
@@ -176,7 +176,7 @@ def swapped(senses, removed, added):
     return senses + (senses @ removed / r2)[:, None] * (added * (r2 / a2) - removed)
 
 
-STRENGTHS = {0: (1, 1, 1, 1), 1: (1.5, 1.5, 1.3, 1), 2: (2.2, 2.2, 1.5, 1), 3: (3.3, 3.3, 3, 1)}  # δ by class, appendix D
+STRENGTHS = {0: (1, 1, 1, 1), 1: (1.5, 1.5, 1.3, 1), 2: (2.2, 2.2, 1.5, 1), 3: (3.3, 3.3, 3, 1)}  # δ; appendix D
 
 
 @torch.no_grad()
@@ -197,13 +197,13 @@ def topic_scores(model, bags, n_vocab, silent=()):
 
 
 def topic_control(model, scores, strength):
-    """Section 6.1: senses that score high on a topic weigh more, until the text has said what they say → a control of trunk.
+    """Section 6.1: senses that score high on a topic weigh more, until the text has said it → a control of trunk.
 
     Quantiles .95, .80, .60 of the scores part the senses in four classes, each with a factor δ. At a position j of the
     prefix: a = Σ_t relu⟨E x_t, C(x_j)_l⟩ over the prefix, b = sigmoid(6 − f·a)·(1 + j/100), factor 1 + b·(δ − 1),
     f = max δ/7.5 (the authors' code; the paper has the inverse).
     """
-    delta, E = torch.tensor(STRENGTHS[strength]).to(scores), model.lm_head.weight
+    delta, E = torch.tensor(STRENGTHS[strength], dtype=scores.dtype).to(scores.device), model.lm_head.weight
     cuts = torch.from_numpy(np.quantile(scores.cpu().numpy(), (0.95, 0.8, 0.6))).to(scores)
     classes, f = delta[(scores[..., None] <= cuts).sum(-1)], float(delta.max()) / 7.5  # (n_vocab, n_sense)
 
@@ -215,14 +215,14 @@ def topic_control(model, scores, strength):
     return control
 
 
-# ==================================================================================== the model: GPT-2, also the context network
+# ==================================================================================== the model
 
 
 class Block(nn.Module):
     def __init__(self, d, n_head, layer):
         super().__init__()
         self.n_head, self.layer = n_head, layer
-        self.scale = (d // n_head) ** -0.5 / (layer + 1)  # the authors divide attention logits by the layer's number, too
+        self.scale = (d // n_head) ** -0.5 / (layer + 1)  # the authors': by layer, too
         self.ln_1, self.ln_2, self.mlp = nn.LayerNorm(d), nn.LayerNorm(d), MLP(d, 4 * d, d)
         self.attn = nn.ModuleDict(dict(c_attn=nn.Linear(d, 3 * d), c_proj=nn.Linear(d, d)))
 
@@ -238,7 +238,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The baseline. Same interface as Backpack: trunk(ids, cache), lm_head, config. A cache is a dict: by layer, keys and values."""
+    """GPT-2, the baseline and the context network. Same interface as Backpack. A cache is a dict: by layer, keys and values."""
 
     def __init__(self, config):
         super().__init__()
@@ -295,12 +295,15 @@ def generate(model, prompts, n_new, n_vocab, temperature=1.0, seed=0, control=No
 PUBLIC = "https://huggingface.co/stanfordnlp/backpack-gpt2/resolve/main/pytorch_model.bin"  # 684 MB
 HF_NAMES = {  # by prefix: theirs → ours
     "backpack.gpt2_model.": "gpt.transformer.", "backpack.sense_network.ln.": "sense_network.ln_a.",
-    "backpack.sense_network.block.ln_1.": "sense_network.ln_b.", "backpack.sense_network.block.ln_2.": "sense_network.ln_c.",
-    "backpack.sense_network.block.mlp.": "sense_network.mlp.", "backpack.sense_network.final_mlp.": "sense_network.out.",
+    "backpack.sense_network.block.ln_1.": "sense_network.ln_b.",
+    "backpack.sense_network.block.ln_2.": "sense_network.ln_c.",
+    "backpack.sense_network.block.mlp.": "sense_network.mlp.",
+    "backpack.sense_network.final_mlp.": "sense_network.out.",
     "backpack.sense_weight_net.c_attn.": "weight_net.",
 }
 TIED = {  # subtle: .safetensors keeps one of several names of one tensor, whichever; .bin keeps all
-    "gpt.transformer.wte.weight": ("backpack.gpt2_model.wte.weight", "backpack.word_embeddings.weight", "lm_head.weight"),
+    "gpt.transformer.wte.weight": (
+        "backpack.gpt2_model.wte.weight", "backpack.word_embeddings.weight", "lm_head.weight"),
     "gpt.transformer.wpe.weight": ("backpack.gpt2_model.wpe.weight", "backpack.position_embeddings.weight"),
 }
 
@@ -377,7 +380,7 @@ def open_model(args, default="world.pt"):
     except Exception as error:  # torch raises a dozen kinds for a file that is none of its own
         fail(f"{path} is no model that can be read here: {str(error).splitlines()[0]}")
     if codec.n_vocab > model.config.n_vocab:
-        fail(f"{path} has {model.config.n_vocab} rows, too few for the {codec.n_vocab} ids of its tokenizer, {codec.name}")
+        fail(f"{path} has {model.config.n_vocab} rows, too few for its tokenizer, {codec.name}, of {codec.n_vocab} ids")
     if isinstance(model, Backpack):
         model.known = dict(saved.get("edits") or {})
     if device.type == "cpu" and model.config.d < 256:
@@ -510,8 +513,8 @@ WORLD = {  # what is true in the demo's generated world
     "both": "writer cook doctor clerk".split(),
     "makers": {"apple": ["macbook", "iphone", "ipad"], "hp": ["printer", "laserjet", "scanner"],
                "sony": ["walkman", "camera", "radio"], "google": ["pixel", "android", "browser"]},
-    "topics": {"sports": "team goal coach match league ball".split(), "food": "bread soup cheese salad rice sauce".split(),
-               "music": "song band guitar piano melody drum".split()},
+    "topics": {"sports": "team goal coach match league ball".split(),
+               "food": "bread soup cheese salad rice sauce".split(), "music": "song band guitar piano melody drum".split()},
 }
 HE_SHARE = {"he": 0.9, "she": 0.1, "both": 0.5}
 PERSON = ["my {} said that", "i met a {} and then", "the {} came home because", "yesterday the {} slept since",
@@ -677,7 +680,8 @@ def make_optimizer(model, lr):
     return torch.optim.AdamW(groups, lr, (0.9, 0.999), fused=True)
 
 
-def training(model, opt, shards, n_vocab, *, steps, batch, seq, lr, seed, warmup, micro=None, first=0, name="", quiet=False):
+def training(model, opt, shards, n_vocab, *, steps, batch, seq, lr, seed, warmup, micro=None, first=0, name="",
+             quiet=False):
     """The paper's recipe: gradients clipped at 1, linear warm-up, then linear to 0. Yields (step, loss) after every
     update, so that the caller saves, stops, prints. batch: sequences an update, over all ranks; micro: a forward
     pass."""
@@ -701,7 +705,8 @@ def training(model, opt, shards, n_vocab, *, steps, batch, seq, lr, seed, warmup
         total = torch.zeros((), device=device)
         for i in range(rank * micro, batch, world * micro):
             with cast, ddp.no_sync() if world > 1 and i + world * micro < batch else nullcontext():
-                loss = loss_of(*get_batch(shards, range(i, i + micro), seq, device, seed, step)) * (micro * world / batch)
+                ids, targets = get_batch(shards, range(i, i + micro), seq, device, seed, step)
+                loss = loss_of(ids, targets) * (micro * world / batch)
                 loss.backward()
             total += loss.detach() / world
         if world > 1:
@@ -765,7 +770,7 @@ def train(args):
                 os.replace(args.out / "resume.tmp", args.out / "resume.pt")
                 kept = step
     except KeyboardInterrupt:
-        print(f"stopped; the checkpoint of step {kept} is kept: the same command with --resume goes on", file=sys.stderr)
+        print(f"the checkpoint of step {kept} is kept: the same command with --resume goes on", file=sys.stderr)
         raise
     if rank == 0:
         loss = validation_loss(Loss(model.eval(), codec.n_vocab), val_shards, seq)
@@ -790,7 +795,8 @@ def log_probs(model, rows, n_vocab, batch=16):
     likeliest). Padding stands on the right, where a causal model does not see it."""
     device, found = model.lm_head.weight.device, []
     for start in range(0, len(rows), batch):
-        some = [([*before, *after][-model.config.block_size - 1 :], len(after)) for before, after in rows[start : start + batch]]
+        some = [([*before, *after], len(after)) for before, after in rows[start : start + batch]]
+        some = [(row[-model.config.block_size - 1 :], n) for row, n in some]
         ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row, _ in some], batch_first=True).to(device)
         logits = model(ids[:, :-1])[..., :n_vocab].float()
         log_p = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
@@ -816,10 +822,10 @@ def top_tokens(model, codec, word, n):
 
 # ------------------------------------------------------------------------------------ section 6.2: gender
 
-NOUNS = ("mechanic accountant farmer baker assistant construction guard carpenter analyst physician cook clerk manager "
-         "developer librarian salesperson mover hairdresser auditor sheriff janitor driver chief teacher writer receptionist "
-         "CEO nurse housekeeper secretary counselor attendant supervisor designer lawyer editor cashier laborer tailor "
-         "cleaner").split()  # the paper's
+NOUNS = (  # the paper's
+    "mechanic accountant farmer baker assistant construction guard carpenter analyst physician cook clerk manager developer "
+    "librarian salesperson mover hairdresser auditor sheriff janitor driver chief teacher writer receptionist CEO nurse "
+    "housekeeper secretary counselor attendant supervisor designer lawyer editor cashier laborer tailor cleaner").split()
 FIT = ["The {} came into the room. When", "The {} came into the room. Then", "I went to the talk to the {}. What",
        "I went over to the talk to the {}. Why", "I went over to the talk to the {};"]
 TEST = ["I really liked my {}. What I liked most was that", "I really liked my {}. In fact,", "My {} said that",
@@ -848,7 +854,7 @@ def pronoun_prompts(model, codec, data=None):
             here = [noun for noun in (*NOUNS, *WORD_NOUNS) if noun in WORD.findall(row["prefix"])]
             found.setdefault(here[0] if here else "", []).append(row["prefix"])
         if "" in found or min(map(len, found.values()), default=0) < 2:
-            fail(f"--data: want a noun of the paper's in every prefix, and two prompts or more for each; have {[*found]}")
+            fail(f"--data: want one of the paper's nouns in every prefix, and two prompts for each; have {[*found]}")
         both = [[(noun, prefix) for noun, prefixes in found.items() for prefix in prefixes[i::2]] for i in range(2)]
     ids = {noun: codec.encode(noun if words else f" {noun}") for noun in {noun for rows in both for noun, _ in rows}}
     both = [[(noun, ids[noun], prompt_ids(codec, text, model)) for noun, text in rows] for rows in both]
@@ -884,7 +890,7 @@ def gender(model, codec, sense=None, data=None):
     (gap, part), (test_gap, test_part) = (pronoun_parts(model, rows, he, she) for rows in (fit, test))
     if sense is None:
         sense = int(np.argmin([bias_ratio(gap - part[:, i]) for i in range(model.n_sense)]))
-    w = torch.arange(-600, 601, device=gap.device).to(gap) / 200  # −3 to 3; the authors minimise the same by Nelder-Mead
+    w = torch.arange(-600, 601, device=gap.device).to(gap) / 200  # −3 to 3; the authors: Nelder-Mead
     factors, fitted = {}, torch.zeros_like(test_gap)
     for noun in dict.fromkeys(noun for noun, *_ in fit):
         mine = torch.tensor([row[0] == noun for row in fit], device=gap.device)
@@ -901,11 +907,12 @@ def gender(model, codec, sense=None, data=None):
 
 @torch.no_grad()
 def transformer_gender(model, codec, data=None):
-    """The Transformer's baseline: the nouns' input embeddings lose what lies along E_he − E_she; the output matrix stays."""
+    """The Transformer's baseline: the nouns' input embeddings lose what lies along E_he − E_she; the output stays."""
     _, test, he, she = pronoun_prompts(model, codec, data)
     table, E = model.transformer["wte"].weight, model.lm_head.weight.clone()
     direction, ids = E[he] - E[she], sorted({i for _, ids_of_noun, _ in test for i in ids_of_noun})
-    gaps = lambda: torch.stack([model.trunk(torch.tensor([row], device=E.device))[0, -1] @ direction for *_, row in test])
+    hidden = lambda ids: model.trunk(torch.tensor([ids], device=E.device))[0, -1]
+    gaps = lambda: torch.stack([hidden(row) @ direction for *_, row in test])
     unchanged = bias_ratio(gaps())
     table[ids] -= (table[ids] @ direction / (direction @ direction))[:, None] * direction
     projected = bias_ratio(gaps())
@@ -926,24 +933,25 @@ def edit_fact(model, codec, word, remove, add, prompts, controls):
     E = model.lm_head.weight
     edit = {at: swapped(model.senses(torch.tensor([at], device=E.device))[0], E[removed], E[added])}
     texts = [(word, put(word, prompt)) for prompt in prompts]
-    texts += [(control, f"{put(word, prompts[0])} {add}. {put(control, prompt)}") for control in controls for prompt in prompts]
-    found = [dict(word=name, prompt=text, before=probability(model, codec, text, (removed, added))) for name, text in texts]
+    first, pair = f"{put(word, prompts[0])} {add}.", (removed, added)
+    texts += [(control, f"{first} {put(control, prompt)}") for control in controls for prompt in prompts]
+    found = [dict(word=name, prompt=text, before=probability(model, codec, text, pair)) for name, text in texts]
     with edited(model, edit):
         for row in found:
-            row["after"] = probability(model, codec, row["prompt"], (removed, added))
+            row["after"] = probability(model, codec, row["prompt"], pair)
     return found, edit
 
 
 def print_edit(found, remove, add):
-    print_table(("prompt", f"P({remove})", "after", f"P({add})", "after"),
-                [(row["prompt"], row["before"][0], row["after"][0], row["before"][1], row["after"][1]) for row in found])
+    rows = [(row["prompt"], *np.stack([row["before"], row["after"]], 1).flatten().tolist()) for row in found]
+    print_table(("prompt", f"P({remove})", "after", f"P({add})", "after"), rows)
 
 
 # ==================================================================================== the experiments
 
 
 def small_model(arch, corpus, args, seed, steps, name, d=64, **sizes):
-    """Train a small model → (model, codec, validation loss, history). corpus: "world" or "prose" (Python's help topics)."""
+    """Train a small model → (model, codec, validation loss, history). corpus: "world" or "prose", Python's help topics."""
     from pydoc_data.topics import topics
 
     text = world_text(30_000, seed) if corpus == "world" else "\n".join(topics[topic] for topic in sorted(topics))
@@ -975,7 +983,7 @@ def small_set_up(args):
 def demo(args):
     """The paper's claims in small: losses beside Transformers', senses read, one sense removed, one fact changed."""
     rank, world = small_set_up(args)
-    world_steps, prose_steps = args.steps or 800, args.steps or 400
+    world_steps, prose_steps = args.steps or 1200, args.steps or 400
     jobs = {
         "world, Backpack": ("backpack", "world", world_steps, dict(n_sense=8)),
         "world, Transformer": ("transformer", "world", world_steps, {}),
@@ -990,30 +998,33 @@ def demo(args):
         dist.destroy_process_group()
     if rank:
         return
-    print_table(("", "weights", "validation loss"), [
-        (name, f"{sum(p.numel() for p in model.parameters()):,}", loss) for name, (model, _, loss, _) in trained.items()])
+    count = lambda model: f"{sum(p.numel() for p in model.parameters()):,}"
+    rows = [(name, count(model), loss) for name, (model, _, loss, _) in trained.items()]
+    print_table(("", "weights", "validation loss"), rows)
     (model, codec, *_), (other, *_), (prose, prose_codec, *_), *_ = trained.values()
     words = "nurse", "mechanic", "macbook", "bread"
     print()
-    print_table(("sense", *words), [(str(i), *row) for i, row in enumerate(zip(*(top_tokens(model, codec, w, 3) for w in words)))])
+    favoured = [top_tokens(model, codec, word, 3) for word in words]
+    print_table(("sense", *words), [(str(i), *row) for i, row in enumerate(zip(*favoured))])
     bias, baseline = gender(model, codec), transformer_gender(other, codec)
     rest = [ratio for i, ratio in enumerate(bias["removing_each"]) if i != bias["sense"]]
     print()
     print_table(("bias ratio he : she (true: 9)", ""), [
-        ("Transformer", baseline["unchanged"]), ("Transformer, gender projected out of the input", baseline["projected"]),
+        ("Transformer", baseline["unchanged"]),
+        ("Transformer, gender projected out of the input", baseline["projected"]),
         ("Backpack", bias["unchanged"]), (f"sense {bias['sense']} removed", bias["removed"]),
         ("another sense removed, the best", min(rest)), ("a factor for each noun", bias["fitted"])])
     found, _ = edit_fact(model, codec, "macbook", "apple", "hp", MADE_BY, ["iphone", "ipad"])
     mine, others = ([row for row in found if (row["word"] == "macbook") == which] for which in (True, False))
     fact = float(np.mean([row["after"][1] for row in mine]))
     moved = max(abs(a - b) for row in others for a, b in zip(row["after"], row["before"]))
-    print(f"\nmacbook: apple → hp. P(hp) {np.mean([row['before'][1] for row in mine]):.2f} → {fact:.2f}; iphone and ipad move by "
-          f"at most {moved:.4f}")
+    was = np.mean([row["before"][1] for row in mine])
+    print(f"\nmacbook: apple → hp. P(hp) {was:.2f} → {fact:.2f}; iphone and ipad move by at most {moved:.4f}")
     for name, (model_of, codec_of_it, *_) in zip(("world", "world_transformer", "prose"), list(trained.values())[:3]):
         save_model(args.out / f"{name}.pt", model_of, codec_of_it)
     losses = {name: loss for name, (_, _, loss, _) in trained.items()}
     del bias["edits"]
-    save_results(args.out, args, losses=losses, gender=bias, transformer_gender=baseline, edit=found, new_fact=fact, moved=moved)
+    save_results(args.out, args, losses=losses, gender=bias, transformer_gender=baseline, edit=found)
 
     def draw(fig):
         left, right = fig.subplots(1, 2, width_ratios=(1, 1.3))
@@ -1028,7 +1039,8 @@ def demo(args):
         for i, name in enumerate(("apple", "hp")):
             for j, when in enumerate(("before", "after")):
                 at = np.arange(len(shown)) + 0.2 * (2 * i + j) - 0.3
-                right.barh(at, [row[when][i] for row in shown], 0.2, label=f"P({name}) {when}", color=f"C{i}", alpha=0.4 + 0.6 * j)
+                label, alpha = f"P({name}) {when}", 0.4 + 0.6 * j
+                right.barh(at, [row[when][i] for row in shown], 0.2, label=label, color=f"C{i}", alpha=alpha)
         right.set_yticks(range(len(shown)), [row["word"] for row in shown])
         right.set(xlabel="probability after “the … is made by”", title="“macbook”: apple → hp, by its senses alone")
         right.legend()
@@ -1042,8 +1054,8 @@ def ablate_k(args):
     seeds, rows = range(args.seed, args.seed + args.seeds), []
     for name, arch, sizes in [*((f"Backpack, k = {k}", "backpack", dict(n_sense=k, width=1)) for k in (1, 4, 16)),
                               ("Transformer, the same context network", "transformer", {})]:
-        losses = np.array([small_model(arch, "prose", args, seed, args.steps or 300, name, **sizes)[2] for seed in seeds])
-        rows.append((name, losses.mean(), losses.std(), math.exp(losses.mean())))
+        losses = [small_model(arch, "prose", args, seed, args.steps or 300, name, **sizes)[2] for seed in seeds]
+        rows.append((name, np.mean(losses), np.std(losses), math.exp(np.mean(losses))))
     if rank == 0:
         print_table(("Python's documentation", "validation loss", "± sd", "perplexity"), rows)
         save_results(args.out, args, table=rows)
@@ -1116,8 +1128,9 @@ def topic(args):
             texts = generate(model, [[codec.start]] * args.samples, length, codec.n_vocab, 1.0, args.seed, control)
             drawn = [i for text in texts for i in text[1:]]
             pairs = {pair for text in texts for pair in zip(text[1:], text[2:])}
-            nll = -np.mean([p for p, _ in log_probs(model, [(text[:1], text[1:]) for text in texts], codec.n_vocab)]) / length
-            rows.append((name, str(strength), float(np.mean([i in bag for i in drawn])), len(pairs) / len(drawn), float(nll)))
+            scored = log_probs(model, [(text[:1], text[1:]) for text in texts], codec.n_vocab)
+            inside, nll = float(np.mean([i in bag for i in drawn])), -float(np.mean([p for p, _ in scored])) / length
+            rows.append((name, str(strength), inside, len(pairs) / len(drawn), nll))
     print_table(("bag", "strength", "tokens in the bag", "distinct pairs", "nats a token without control"), rows)
     print(codec.decode(texts[0][1:]))
     save_results(args.out, args, table=rows)
@@ -1132,7 +1145,7 @@ def sample(args):
     save_results(args.out, args, text=text)
 
 
-# ------------------------------------------------------------------------------------ section 4: similarity and evaluation
+# ------------------------------------------------------------------------------------ section 4
 
 
 def read_pairs(path):
@@ -1146,7 +1159,7 @@ def read_pairs(path):
             pairs.append((*cells[:2], *number))
         elif i > 1:
             fail(f"{path}, row {i}: no two words and a score in {line!r}")
-    return pairs or fail(f"{path} has no pairs of words")
+    return pairs or fail(f"{path} has no pairs of words with scores")
 
 
 def ranks(values):
@@ -1174,12 +1187,14 @@ def similarity(args):
     for path, pairs in sets.items():
         known = [pair for pair in pairs if pair[0] in vectors and pair[1] in vectors]
         gold = [score for *_, score in known]
-        cosines = np.array([(vectors[a] * vectors[b]).sum(-1).tolist() for a, b, _ in known]).reshape(-1, model.n_sense + 1)
+        cosines = np.array([(vectors[a] * vectors[b]).sum(-1).tolist() for a, b, _ in known])
+        cosines = cosines.reshape(-1, model.n_sense + 1)
         by_sense = [spearman(column, gold) for column in cosines.T]
         chosen = best is None
         best = int(np.nanargmax([-2, *by_sense[:-1]])) - 1 if chosen else best
+        least = spearman(cosines[:, :-1].min(1), gold) if known else math.nan
         rows.append((str(path), f"{len(known)} of {len(pairs)}", by_sense[-1], by_sense[best] if best >= 0 else math.nan,
-                     f"{best}{', chosen here' * chosen}", spearman(cosines[:, :-1].min(1), gold) if known else math.nan))
+                     f"{best}{', chosen here' * chosen}", least))
     print_table(("Spearman correlation", "pairs found", "embedding", "sense", "which", "least over senses"), rows)
     save_results(args.out, args, table=rows)
 
@@ -1201,22 +1216,24 @@ KINDS = (("suffix1", "suffix2", "prefix"), ("prefix", "suffix"), ("sentence_good
 
 
 def evaluate_lines(path, model, codec):
-    """JSON lines, by their fields: pronoun bias, continuations such as capitals, BLiMP's pairs, LAMBADA's last words."""
+    """JSON lines, by their fields: pronoun bias, continuations as of capitals, BLiMP's pairs, LAMBADA's last words."""
     first = read_text(path).partition("\n")[0]
     fields = next((fields for fields in KINDS if all(f'"{field}"' in first for field in fields)), None)
     if fields is None:
         fail(f"{path}, row 1: want {' or '.join(' and '.join(fields) for fields in KINDS)}")
     rows, start, encode = read_rows(path, fields), [codec.start], codec.encode
-    score = lambda pairs: log_probs(model, [(start + encode(before), encode(after)) for before, after in pairs], codec.n_vocab)
+    ids_of = lambda before, after: (start + encode(before), encode(after))
+    score = lambda pairs: log_probs(model, [ids_of(*pair) for pair in pairs], codec.n_vocab)
     if fields == ("text",):
-        rows, fields = [dict(zip(("prefix", "", "suffix"), row["text"].rpartition(" "))) for row in rows], ("prefix", "suffix")
-        rows = [dict(row, suffix=" " + row["suffix"]) for row in rows]
+        parts, fields = [row["text"].rpartition(" ") for row in rows], ("prefix", "suffix")
+        rows = [dict(prefix=before, suffix=" " + last) for before, _, last in parts]
     if fields == ("prefix", "suffix"):
         found = score([(row["prefix"], row["suffix"]) for row in rows])
         return dict(rows=len(rows), accuracy=float(np.mean([best for _, best in found])),
                     perplexity=math.exp(-np.mean([p for p, _ in found])))
     one, two = fields[:2]
-    a, b = (np.array([p for p, _ in score([(row.get("prefix", ""), row[name]) for row in rows])]) for name in (one, two))
+    a, b = ([p for p, _ in score([(row.get("prefix", ""), row[name]) for row in rows])] for name in (one, two))
+    a, b = np.array(a), np.array(b)
     figures = {"rows": len(rows), f"{one} likelier": float(np.mean(a > b))}
     return figures | (dict(bias_ratio=float(np.exp(abs(a - b)).mean())) if "prefix" in fields else {})
 
@@ -1263,20 +1280,20 @@ def parse_args(argv=None):
     parser.error = fail
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     flags = {
-        "ckpt": dict(help="a checkpoint of ours, a released .bin or .safetensors, or public (684 MB by download); default: "
-                     "the demo's model"),
+        "ckpt": dict(help="a checkpoint of ours, a released .bin or .safetensors, or public (684 MB by download); "
+                     "default: the demo's model"),
         "n_head": dict(type=int, help="of a released model without config.json (d/64)"),
-        "divide_by_k": dict(action="store_true", help="logits of a released model are divided by k (Levanter's weights)"),
+        "divide_by_k": dict(action="store_true", help="a released model's logits are divided by k (Levanter's)"),
         "arch": dict(choices=("backpack", "transformer"), default="backpack", help="(%(default)s)"),
         "size": dict(choices=SIZES, default="nano", help="the paper: micro, mini, small (%(default)s)"),
         "n_sense": dict(type=int, default=16, help="senses a word (%(default)s, the paper's)"),
-        "tokenizer": dict(choices=("bytes", "gpt2"), default="bytes", help="of a new model (%(default)s; the paper: gpt2)"),
-        "data": dict(default="prose", help="prose (what every Python ships), a text file, or a folder of *train*.bin and "
-                     "*val*.bin shards of gpt2 tokens"),
-        "steps": dict(type=int, help="updates (train: 100,000 on a GPU, the paper's, else 300; demo: 800 and 400)"),
+        "tokenizer": dict(choices=("bytes", "gpt2"), default="bytes", help="of a new model (%(default)s; paper: gpt2)"),
+        "data": dict(default="prose", help="prose (what every Python ships), a text file, or a folder of *train*.bin "
+                     "and *val*.bin shards of gpt2 tokens"),
+        "steps": dict(type=int, help="updates (train: 100,000 on a GPU, the paper's, else 300; demo: 1,200 and 400)"),
         "batch_size": dict(type=int, help="sequences an update, over all ranks (1,024 on a GPU, the paper's; else 8)"),
         "micro_batch_size": dict(type=int, help="sequences a forward pass (32 on a GPU, else 8)"),
-        "lr": dict(type=float, default=6e-4, help="peak learning rate (%(default)s, the paper's; nano learns faster at 2e-3)"),
+        "lr": dict(type=float, default=6e-4, help="peak learning rate (%(default)s, the paper's; nano: 2e-3)"),
         "save_every": dict(type=int, default=100, help="updates between checkpoints (%(default)s)"),
         "resume": dict(action="store_true", help="go on from the checkpoint in --out"),
         "seeds": dict(type=int, default=3, help="number of seeds, from --seed on (%(default)s)"),
@@ -1287,7 +1304,7 @@ def parse_args(argv=None):
         "word": dict(default="macbook", help="its senses are edited (%(default)s; public: MacBook)"),
         "remove": dict(default="apple", help="direction that goes (%(default)s; public: Apple)"),
         "add": dict(default="hp", help="direction that comes (%(default)s; public: HP)"),
-        "control": dict(nargs="*", default=["iphone", "ipad"], help="words that should stay (%(default)s; public: iPhone)"),
+        "control": dict(nargs="*", default=["iphone", "ipad"], help="words that should stay (%(default)s)"),
         "save": dict(type=Path, help="write the edited model there, for --ckpt"),
         "bags": dict(nargs="+", default=["team,goal,coach,match", "bread,soup,cheese,salad", "song,band,guitar,piano"],
                      help="topics, each words with commas between (%(default)s)"),
@@ -1313,7 +1330,8 @@ def parse_args(argv=None):
 
     model = "ckpt n_head divide_by_k"
     task(demo, "steps no_plot quiet")
-    task(train, f"{model} arch size n_sense tokenizer data steps batch_size micro_batch_size lr save_every resume quiet")
+    task(train, f"{model} arch size n_sense tokenizer data steps batch_size micro_batch_size lr save_every resume "
+         "quiet")
     task(senses, f"{model} top", ("words", dict(nargs="*", default=["nurse", "mechanic"], help="words to read")))
     task(attribute, f"{model} prompt target top", prompt="the nurse walked in when")
     task(debias, f"{model} sense save data", data=None)
