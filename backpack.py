@@ -84,7 +84,7 @@ def mix(alpha, senses):
 
 
 def sense_mix(query, key, table, index, scale):
-    """mix of sense_weights. table (rows, n_sense, d): senses of distinct tokens; index (batch, seq) int64: their rows."""
+    """mix of sense_weights. table (rows, n_sense, d): senses of distinct tokens; index (batch, seq): their rows."""
     return mix(sense_weights(query, key, scale), table[index])
 
 
@@ -119,7 +119,7 @@ class Backpack(nn.Module):
         return torch.stack([self.known[i] for i in ids.tolist()])
 
     def parts(self, ids, cache=None):
-        """→ the arguments of sense_mix, and all ids. A cache keeps, as "senses", the senses' keys and the ids so far."""
+        """→ the arguments of sense_mix, and all ids. A cache keeps, as "senses", their keys and the ids so far."""
         hidden = self.gpt.trunk(ids, cache)  # (batch, n, d)
         query, key = self.weight_net(hidden).unflatten(-1, (2, self.n_sense, -1)).unbind(-3)
         if cache is not None:
@@ -168,7 +168,7 @@ def attribution(model, ids, direction):
 def swapped(senses, removed, added):
     """Section 6.3's edit: what points along E_removed points along E_added, as far in that one's own length.
 
-        C̃ = C + ⟨C, E_r⟩/|E_r|²·(E_a·|E_r|²/|E_a|² − E_r)    (the paper prints another divisor; this is the authors' code)
+        C̃ = C + ⟨C, E_r⟩/|E_r|²·(E_a·|E_r|²/|E_a|² − E_r)   (the paper prints another divisor; this is the code's)
 
     senses (n_sense, d); removed, added (d,): rows of E. For orthogonal rows C̃ has no E_r left and ⟨C, E_r⟩ along E_a.
     """
@@ -238,7 +238,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2, the baseline and the context network. Same interface as Backpack. A cache is a dict: by layer, keys and values."""
+    """GPT-2, the baseline and the context network. Interface as Backpack's. A cache: a dict by layer."""
 
     def __init__(self, config):
         super().__init__()
@@ -496,7 +496,7 @@ def stdlib_sources():
 
 
 def stdlib_prose():
-    """The English that every Python ships, a list of texts in a fixed order: help topics, then each module's docstrings."""
+    """The English that every Python ships, in a fixed order: help topics, then each module's docstrings."""
     from pydoc_data.topics import topics
 
     warnings.simplefilter("ignore", SyntaxWarning)  # of old escapes in other people's strings
@@ -514,7 +514,8 @@ WORLD = {  # what is true in the demo's generated world
     "makers": {"apple": ["macbook", "iphone", "ipad"], "hp": ["printer", "laserjet", "scanner"],
                "sony": ["walkman", "camera", "radio"], "google": ["pixel", "android", "browser"]},
     "topics": {"sports": "team goal coach match league ball".split(),
-               "food": "bread soup cheese salad rice sauce".split(), "music": "song band guitar piano melody drum".split()},
+               "food": "bread soup cheese salad rice sauce".split(),
+               "music": "song band guitar piano melody drum".split()},
 }
 HE_SHARE = {"he": 0.9, "she": 0.1, "both": 0.5}
 PERSON = ["my {} said that", "i met a {} and then", "the {} came home because", "yesterday the {} slept since",
@@ -823,9 +824,11 @@ def top_tokens(model, codec, word, n):
 # ------------------------------------------------------------------------------------ section 6.2: gender
 
 NOUNS = (  # the paper's
-    "mechanic accountant farmer baker assistant construction guard carpenter analyst physician cook clerk manager developer "
-    "librarian salesperson mover hairdresser auditor sheriff janitor driver chief teacher writer receptionist CEO nurse "
-    "housekeeper secretary counselor attendant supervisor designer lawyer editor cashier laborer tailor cleaner").split()
+    "mechanic accountant farmer baker assistant construction guard carpenter analyst physician cook clerk manager "
+    "developer librarian salesperson mover hairdresser auditor sheriff janitor driver chief teacher writer "
+    "receptionist "
+    "CEO nurse housekeeper secretary counselor attendant supervisor designer lawyer editor cashier laborer "
+    "tailor cleaner").split()
 FIT = ["The {} came into the room. When", "The {} came into the room. Then", "I went to the talk to the {}. What",
        "I went over to the talk to the {}. Why", "I went over to the talk to the {};"]
 TEST = ["I really liked my {}. What I liked most was that", "I really liked my {}. In fact,", "My {} said that",
@@ -951,7 +954,7 @@ def print_edit(found, remove, add):
 
 
 def small_model(arch, corpus, args, seed, steps, name, d=64, **sizes):
-    """Train a small model → (model, codec, validation loss, history). corpus: "world" or "prose", Python's help topics."""
+    """Train a small model → (model, codec, validation loss, history). corpus: "world", or "prose": help topics."""
     from pydoc_data.topics import topics
 
     text = world_text(30_000, seed) if corpus == "world" else "\n".join(topics[topic] for topic in sorted(topics))
@@ -1193,8 +1196,9 @@ def similarity(args):
         chosen = best is None
         best = int(np.nanargmax([-2, *by_sense[:-1]])) - 1 if chosen else best
         least = spearman(cosines[:, :-1].min(1), gold) if known else math.nan
-        rows.append((str(path), f"{len(known)} of {len(pairs)}", by_sense[-1], by_sense[best] if best >= 0 else math.nan,
-                     f"{best}{', chosen here' * chosen}", least))
+        mine = by_sense[best] if best >= 0 else math.nan
+        which = f"{best}{', chosen here' * chosen}"
+        rows.append((str(path), f"{len(known)} of {len(pairs)}", by_sense[-1], mine, which, least))
     print_table(("Spearman correlation", "pairs found", "embedding", "sense", "which", "least over senses"), rows)
     save_results(args.out, args, table=rows)
 

@@ -1,4 +1,4 @@
-"""backpack.py: the definition written out in loops, exact identities of reading and editing, released files, the tool."""
+"""backpack.py: the definition in loops, exact identities of reading and editing, released files, the tool."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def one_thread():
 
 
 def small(n_sense=3, block=16, **more):
-    """A Backpack in float64 whose every parameter is random, biases and norms too. 5 senses do not divide a width of 12."""
+    """A Backpack in float64 whose every parameter is random, biases and norms too."""
     torch.manual_seed(0)
     model = Backpack(Config(2, 2, 12, 11, block), n_sense, **more).double().eval()
     for name, p in model.named_parameters():
@@ -46,7 +46,9 @@ def some_ids(batch=2, seq=9, n_vocab=11):
 
 
 def norm(x, ln):
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * ln.weight + ln.bias
+    return (x - x.mean(-1, keepdim=True)) / (
+        x.var(-1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt() * ln.weight + ln.bias
 
 
 def gelu(x):
@@ -117,7 +119,9 @@ def test_the_future_is_not_seen_and_tokens_share_their_senses():
     (query, key, table, index, scale), _ = model.parts(ids)
     assert len(table) == len(ids.unique())  # once a distinct token
     dense = model.sense_network(model.lm_head.weight[ids]).flatten(0, 1)  # at every position
-    torch.testing.assert_close(bp.sense_mix(query, key, dense, torch.arange(ids.numel()).view(ids.shape), scale), model.trunk(ids))
+    torch.testing.assert_close(
+        bp.sense_mix(query, key, dense, torch.arange(ids.numel()).view(ids.shape), scale), model.trunk(ids)
+    )
     alpha = bp.sense_weights(query, key, scale)
     torch.testing.assert_close(alpha.sum(-1), torch.ones_like(alpha[..., 0]))
 
@@ -126,8 +130,11 @@ def test_the_class_alone_is_the_papers():
     """Biases, N(0, 0.02), residual branches narrower; 170M parameters at the paper's small size (table 1)."""
     torch.manual_seed(0)
     model = Backpack(Config(2, 2, 64, 500, 32), 16)
-    assert all(module.bias is not None for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm))
-               and module is not model.lm_head)
+    assert all(
+        module.bias is not None
+        for module in model.modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm)) and module is not model.lm_head
+    )
     assert float(model.lm_head.weight.std()) == pytest.approx(0.02, rel=0.02)
     assert float(model.sense_network.out.c_proj.weight.std()) == pytest.approx(0.02 / 2, rel=0.02)
     with torch.device("meta"):
@@ -201,11 +208,14 @@ def test_topic_control():
 
 @torch.no_grad()
 def test_cached_generation_equals_full_recompute():
-    """Greedy texts of unequal prompts side by side, after an edit, with a control and of the Transformer, token by token."""
+    """Greedy texts of unequal prompts, after an edit, with a control and of the Transformer, token by token."""
     model, prompts = small(5, block=32), [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1]]
     control = bp.topic_control(model, bp.topic_scores(model, {"a": [2]}, 11)["a"], 3)
     with bp.edited(model, {2: torch.randn(5, 12, dtype=torch.float64)}):
-        for how, trunk in ((dict(), model.trunk), (dict(control=control), lambda ids: model.trunk(ids, control=control))):
+        for how, trunk in (
+            (dict(), model.trunk),
+            (dict(control=control), lambda ids: model.trunk(ids, control=control)),
+        ):
             for prompt, text in zip(prompts, bp.generate(model, prompts, 15, 11, temperature=0, **how)):
                 assert text[: len(prompt)] == prompt and len(text) == len(prompt) + 15
                 for n in range(len(prompt), len(text)):
@@ -228,7 +238,7 @@ def test_padded_batches_score_as_alone():
 
 
 def hf_weights(model):
-    """The tensors of a Backpack under Hugging Face's names, linear layers of GPT-2 and of the sense network (in, out)."""
+    """A Backpack's tensors under Hugging Face's names, linear layers of GPT-2 and the sense network (in, out)."""
     ours, weights = {v: k for k, v in bp.HF_NAMES.items()}, {}
     for name, p in model.named_parameters():
         prefix = next(prefix for prefix in ours if name.startswith(prefix))
@@ -241,7 +251,11 @@ def hf_weights(model):
 
 
 def write_safetensors(path, tensors):
-    kinds, header, at = {torch.float32: "F32", torch.bool: "BOOL", torch.float16: "F16"}, {"__metadata__": {"format": "pt"}}, 0
+    kinds, header, at = (
+        {torch.float32: "F32", torch.bool: "BOOL", torch.float16: "F16"},
+        {"__metadata__": {"format": "pt"}},
+        0,
+    )
     for name, t in tensors.items():
         header[name] = dict(dtype=kinds[t.dtype], shape=list(t.shape), data_offsets=[at, at := at + t.nbytes])
     head = json.dumps(header).encode()
@@ -249,8 +263,15 @@ def write_safetensors(path, tensors):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
-@pytest.mark.parametrize("dropped", [(), ("lm_head.weight",), ("backpack.gpt2_model.wte.weight", "lm_head.weight"),
-                                     ("backpack.word_embeddings.weight", "backpack.gpt2_model.wpe.weight")])
+@pytest.mark.parametrize(
+    "dropped",
+    [
+        (),
+        ("lm_head.weight",),
+        ("backpack.gpt2_model.wte.weight", "lm_head.weight"),
+        ("backpack.word_embeddings.weight", "backpack.gpt2_model.wpe.weight"),
+    ],
+)
 def test_released_layouts_with_and_without_tied_copies(tmp_path, suffix, dropped):
     """A file without its lm_head is no other layout: the logits are divided by k by flag or config alone."""
     model, ids = small(4).float(), some_ids()
@@ -290,7 +311,11 @@ def test_one_sense_carries_gender_and_an_edit_moves_a_fact(world):
     assert loss < 0.95
     found = bp.gender(model, codec)
     rest = [ratio for i, ratio in enumerate(found["removing_each"]) if i != found["sense"]]
-    assert found["unchanged"] > 4 and found["removed"] < found["unchanged"] / 2 < min(rest) and found["fitted"] < found["removed"] + 0.5
+    assert (
+        found["unchanged"] > 4
+        and found["removed"] < found["unchanged"] / 2 < min(rest)
+        and found["fitted"] < found["removed"] + 0.5
+    )
     rows, edit = bp.edit_fact(model, codec, "macbook", "apple", "hp", bp.MADE_BY, ["iphone"])
     mine, others = ([row for row in rows if (row["word"] == "macbook") == which] for which in (True, False))
     assert np.mean([row["after"][1] for row in mine]) > 0.4 > 0.1 > np.mean([row["before"][1] for row in mine])
@@ -308,10 +333,14 @@ def test_tasks_on_the_demos_model(world, tmp_path, monkeypatch, capsys):
     logit = here("attribute", *ckpt)
     assert np.sum(logit["contributions"]) == pytest.approx(logit["logit"], rel=1e-4)
     removed = here("debias", "--save", "d.pt", *ckpt)["removed"]
-    assert here("debias", "--ckpt", "d.pt")["unchanged"] == pytest.approx(removed, rel=1e-4)  # an edited model can be saved
+    assert here("debias", "--ckpt", "d.pt")["unchanged"] == pytest.approx(
+        removed, rel=1e-4
+    )  # an edited model can be saved
     after = here("edit", "--save", "e.pt", *ckpt)["table"][0]["after"]
     assert here("edit", "--ckpt", "e.pt")["table"][0]["before"] == pytest.approx(after, abs=1e-5)
-    text = here("sample", "--ckpt", "e.pt", "--prompt", "the macbook is made by", "--tokens", 1, "--temperature", 0)["text"]
+    text = here("sample", "--ckpt", "e.pt", "--prompt", "the macbook is made by", "--tokens", 1, "--temperature", 0)[
+        "text"
+    ]
     assert text == "the macbook is made by " + ("hp" if after[1] > after[0] else "apple")
     assert len(here("topic", "--samples", 3, "--tokens", 6, *ckpt)["table"]) == 12
     capsys.readouterr()
@@ -321,7 +350,9 @@ def test_evaluation_files(world, tmp_path, monkeypatch, capsys):
     """By their fields; pronouns, two words and a score, a text, each with what was left out."""
     monkeypatch.chdir(tmp_path)
     ckpt = ("--ckpt", world[0])
-    prompts = [dict(prefix=p.format(noun), suffix1=" he", suffix2=" she") for noun in ("nurse", "pilot") for p in bp.PERSON[:4]]
+    prompts = [
+        dict(prefix=p.format(noun), suffix1=" he", suffix2=" she") for noun in ("nurse", "pilot") for p in bp.PERSON[:4]
+    ]
     Path("bias.jsonl").write_text("\n".join(map(json.dumps, [*prompts, dict(prompts[0], prefix="A nurse never")])))
     found = here("debias", "--data", "bias.jsonl", *ckpt)
     assert found["unchanged"] > 3 and set(found["factors"]) == {"nurse", "pilot"}
@@ -329,22 +360,41 @@ def test_evaluation_files(world, tmp_path, monkeypatch, capsys):
     assert here("eval", "bias.jsonl", *ckpt)["bias.jsonl"]["bias_ratio"] > 3
     Path("made.jsonl").write_text(json.dumps(dict(prefix="the macbook is made by", suffix=" apple")) + "\n")
     Path("last.jsonl").write_text(json.dumps(dict(text="the iphone is made by apple")) + "\n")
-    Path("blimp.jsonl").write_text(json.dumps(dict(sentence_good="the pilot slept .", sentence_bad="pilot . the slept")) + "\n")
+    Path("blimp.jsonl").write_text(
+        json.dumps(dict(sentence_good="the pilot slept .", sentence_bad="pilot . the slept")) + "\n"
+    )
     done = here("eval", "made.jsonl", "last.jsonl", "blimp.jsonl", *ckpt)
-    assert done["made.jsonl"]["accuracy"] == done["last.jsonl"]["accuracy"] == done["blimp.jsonl"]["sentence_good likelier"] == 1
+    assert (
+        done["made.jsonl"]["accuracy"]
+        == done["last.jsonl"]["accuracy"]
+        == done["blimp.jsonl"]["sentence_good likelier"]
+        == 1
+    )
     Path("text.json").write_text(json.dumps(["<|endoftext|>" + bp.world_text(60, 9), "zebra"]))
     assert here("eval", "text.json", *ckpt)["text.json"]["loss"] < 1.2
-    Path("one.txt").write_text("word1\tword2\tPOS\tscore\nnurse\tsecretary\tN\t9\nnurse\tbread\tN\t1\nsoup\tbread\tN\t8\nzebra\tsoup\tN\t3\n")
+    Path("one.txt").write_text(
+        "word1\tword2\tPOS\tscore\nnurse\tsecretary\tN\t9\nnurse\tbread\tN\t1\nsoup\tbread\tN\t8\nzebra\tsoup\tN\t3\n"
+    )
     Path("two.csv").write_text("pilot;guard;9\npilot;soup;2\nrice;salad;8 \n")
     table = here("similarity", "one.txt", "two.csv", *ckpt)["table"]
-    assert [row[1] for row in table] == ["3 of 4", "3 of 3"] and "chosen here" in table[0][4] and "chosen" not in table[1][4]
+    assert (
+        [row[1] for row in table] == ["3 of 4", "3 of 3"]
+        and "chosen here" in table[0][4]
+        and "chosen" not in table[1][4]
+    )
 
 
 @pytest.mark.skipif(not DATA, reason="NANOPAPERS_TEST_DATA is not set")
 def test_real_evaluation_files(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path(DATA) / "backpack"
-    done = here("eval", folder / "pronoun_gender_bias_eval-test.jsonl", folder / "country_capital_fixed-val.jsonl", "--ckpt", world[0])
+    done = here(
+        "eval",
+        folder / "pronoun_gender_bias_eval-test.jsonl",
+        folder / "country_capital_fixed-val.jsonl",
+        "--ckpt",
+        world[0],
+    )
     assert [figures["rows"] for figures in list(done.values())] == [360, 119]
     sets = [folder / name for name in ("SimLex-999_SimLex-999.txt", "RG65.csv", "WS353.csv", "SimVerb-3500.txt")]
     assert [len(bp.read_pairs(path)) for path in sets] == [999, 65, 353, 3500]
@@ -357,7 +407,9 @@ def test_train_fine_tune_resume_and_ranks(tmp_path, monkeypatch, capsys):
     flags = ["train", "--steps", "8", "--data", "t.txt", "--save_every", "2", "--quiet"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = subprocess.Popen([*launch, str(HOUSE / "backpack.py"), *flags, "--out", "two"], env=env, stderr=subprocess.PIPE)
+    two = subprocess.Popen(
+        [*launch, str(HOUSE / "backpack.py"), *flags, "--out", "two"], env=env, stderr=subprocess.PIPE
+    )
     killed = subprocess.Popen([sys.executable, str(HOUSE / "backpack.py"), *flags, "--out", "killed"], env=env)
     while killed.poll() is None and not Path("killed/resume.pt").exists():
         time.sleep(0.01)
@@ -375,7 +427,11 @@ def test_train_fine_tune_resume_and_ranks(tmp_path, monkeypatch, capsys):
     model = Backpack(Config(1, 2, 16, 256, 128), 4)
     with torch.autocast("cpu", torch.bfloat16):  # the path that a GPU takes
         opt = bp.make_optimizer(model, 1e-3)
-        steps = list(bp.training(model, opt, [np.arange(999) % 7], 256, steps=2, batch=2, seq=32, lr=1e-3, seed=0, warmup=0, quiet=True))
+        steps = list(
+            bp.training(
+                model, opt, [np.arange(999) % 7], 256, steps=2, batch=2, seq=32, lr=1e-3, seed=0, warmup=0, quiet=True
+            )
+        )
     assert steps[1][1] < 5.6
 
 
@@ -389,27 +445,30 @@ def test_ablate_and_demo_in_small(tmp_path, monkeypatch, capsys):
     here("senses", "nurse")  # the demo's model is the default
 
 
-@pytest.mark.parametrize("args, words", [
-    (["debias", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["train", "--ckpt", "nowhere.pt"], "nowhere.pt"),
-    (["sample", "--sense", "99"], "--sense"),
-    (["debias", "--sense", "99"], "senses 0 to 7"),
-    (["senses", "zebra"], "zebra"),
-    (["eval", "."], "no such file"),
-    (["eval", "latin.txt"], "UTF-8"),
-    (["eval", "five.jsonl"], "row 1"),
-    (["eval", "empty.jsonl"], "row 1"),
-    (["eval", "empty.txt"], "too few"),
-    (["similarity", "five.jsonl"], "no pairs"),
-    (["senses", "--ckpt", "latin.txt"], "no model"),
-    (["senses", "--ckpt", "hf/model.bin"], "hf/model.bin"),
-    (["senses", "--out", "latin.txt/x"], "latin.txt"),
-    (["edit", "--prompt", "made by"], "{}"),
-    (["edit", "--add", "apple"], "nothing to edit"),
-    (["sample", "--tokens", "99"], "context of 32"),
-    (["train", "--batch_size", "6", "--micro_batch_size", "4"], "not a multiple"),
-    (["nonsense"], "senses"),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["debias", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["train", "--ckpt", "nowhere.pt"], "nowhere.pt"),
+        (["sample", "--sense", "99"], "--sense"),
+        (["debias", "--sense", "99"], "senses 0 to 7"),
+        (["senses", "zebra"], "zebra"),
+        (["eval", "."], "no such file"),
+        (["eval", "latin.txt"], "UTF-8"),
+        (["eval", "five.jsonl"], "row 1"),
+        (["eval", "empty.jsonl"], "row 1"),
+        (["eval", "empty.txt"], "too few"),
+        (["similarity", "five.jsonl"], "no pairs"),
+        (["senses", "--ckpt", "latin.txt"], "no model"),
+        (["senses", "--ckpt", "hf/model.bin"], "hf/model.bin"),
+        (["senses", "--out", "latin.txt/x"], "latin.txt"),
+        (["edit", "--prompt", "made by"], "{}"),
+        (["edit", "--add", "apple"], "nothing to edit"),
+        (["sample", "--tokens", "99"], "context of 32"),
+        (["train", "--batch_size", "6", "--micro_batch_size", "4"], "not a multiple"),
+        (["nonsense"], "senses"),
+    ],
+)
 def test_mistakes_end_in_one_line(args, words, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("out/backpack/demo").mkdir(parents=True)

@@ -9,11 +9,13 @@ from kernels import sense_mix as kernel  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, floor", [(torch.float32, 1e-5), (torch.bfloat16, 3e-3)])
 @pytest.mark.parametrize("case", kernel.CASES)
-def test_kernel(case, dtype, most):
-    """Tails of every size, e below 16 and no power of two, one sense, d beyond a piece, tokens that repeat within a tile and across."""
-    assert kernel.compare(*case, dtype, DEVICE) < most
+def test_kernel(case, dtype, floor):
+    """No farther from float64 than the plain version in the same dtype: tails of every size, e below 16 and no power of
+    two, one sense, d beyond a piece, tokens that repeat within a tile and across."""
+    for mine, plain in zip(*kernel.errors(*case, dtype, DEVICE)):
+        assert mine <= max(plain, floor)
 
 
 def test_deltas_of_all_senses_sum_to_what_the_output_tells():
@@ -25,7 +27,9 @@ def test_deltas_of_all_senses_sum_to_what_the_output_tells():
     torch.testing.assert_close((grads[2] * table).sum(), (out * weight).sum(), rtol=1e-4, atol=1e-3)
     flat = torch.ones_like(table).requires_grad_()
     out = kernel.sense_mix(query, key, flat, index, scale)
-    torch.testing.assert_close(out, torch.full_like(out, 2.0), rtol=1e-5, atol=1e-5)  # weights sum to 1 for each of two senses
+    torch.testing.assert_close(
+        out, torch.full_like(out, 2.0), rtol=1e-5, atol=1e-5
+    )  # weights sum to 1 for each of two senses
     for g in torch.autograd.grad((out * weight).sum(), (query, key)):
         assert g.abs().max() < 1e-4
 
@@ -37,22 +41,36 @@ def test_large_scores_stay_finite():
     assert out.isfinite().all() and out.abs().max() <= 2 * table.abs().max() * 1.0001
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(query=torch.zeros(2, 3, 4)), "want query and key"), (dict(key=torch.zeros(2, 4, 2, 4)), "want query and key"),
-    (dict(table=torch.zeros(5, 3, 8)), "and table"), (dict(index=torch.zeros(2, 4, dtype=torch.int64)), "want index"),
-    (dict(index=torch.zeros(2, 3)), "want index"), (dict(table=torch.zeros(5, 2, 8, dtype=torch.bfloat16)), "of one dtype"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(query=torch.zeros(2, 3, 4)), "want query and key"),
+        (dict(key=torch.zeros(2, 4, 2, 4)), "want query and key"),
+        (dict(table=torch.zeros(5, 3, 8)), "and table"),
+        (dict(index=torch.zeros(2, 4, dtype=torch.int64)), "want index"),
+        (dict(index=torch.zeros(2, 3)), "want index"),
+        (dict(table=torch.zeros(5, 2, 8, dtype=torch.bfloat16)), "of one dtype"),
+    ],
+)
 def test_bad_arguments(change, message):
-    arguments = dict(query=torch.zeros(2, 3, 2, 4), key=torch.zeros(2, 3, 2, 4), table=torch.zeros(5, 2, 8),
-                     index=torch.zeros(2, 3, dtype=torch.int64))
+    arguments = dict(
+        query=torch.zeros(2, 3, 2, 4),
+        key=torch.zeros(2, 3, 2, 4),
+        table=torch.zeros(5, 2, 8),
+        index=torch.zeros(2, 3, dtype=torch.int64),
+    )
     with pytest.raises(ValueError, match=message):
         kernel.sense_mix(**{**arguments, **change}, scale=0.5)
 
 
 def test_float64_is_refused():
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
-        kernel.sense_mix(*(torch.zeros(2, 3, 2, 4, dtype=torch.float64),) * 2, torch.zeros(5, 2, 8, dtype=torch.float64),
-                         torch.zeros(2, 3, dtype=torch.int64), 1.0)
+        kernel.sense_mix(
+            *(torch.zeros(2, 3, 2, 4, dtype=torch.float64),) * 2,
+            torch.zeros(5, 2, 8, dtype=torch.float64),
+            torch.zeros(2, 3, dtype=torch.int64),
+            1.0,
+        )
 
 
 @pytest.mark.gpu
