@@ -15,7 +15,8 @@ Measured on 25 November 2026 (NVIDIA H200, torch 2.11, triton 3.6; d = 768, 16 s
     torch.compile   2.26 ms   1.42 GB      11.05 ms   4.45 GB
     kernel          4.40 ms   0.48 GB      11.19 ms   0.48 GB
 
-It wins memory, a third to a ninth, and time against the compiled plain version nowhere; so backpack.py takes it from 2,048 positions on.
+It wins memory, a third to a ninth, and against the compiled plain version no time: backpack.py takes it from 2,048
+positions on.
 
 How it works. Attention, but the heads (senses) are summed, keys are narrow (e) and values wide (d). So two passes:
 the first finds lse_li = log Σ_j exp(s_lij). Then a program has BLOCK queries and CHUNK columns of o, and adds up
@@ -51,11 +52,7 @@ def tile_sizes(dtype):
 @triton.jit
 def load_tile(ptr, rows, columns, row_stride, inside, n_columns, WIDEN: tl.constexpr):
     """ptr[rows, columns], zero outside. WIDEN: to float32, since the interpreter multiplies no bfloat16."""
-    x = tl.load(
-        ptr + rows[:, None] * row_stride + columns[None, :],
-        mask=inside[:, None] & (columns[None, :] < n_columns),
-        other=0.0,
-    )
+    x = tl.load(ptr + rows[:, None] * row_stride + columns[None, :], mask=inside[:, None] & (columns[None, :] < n_columns), other=0.0)
     if WIDEN:
         x = x.to(tl.float32)
     return x
@@ -69,9 +66,7 @@ def scores(q, k, i, j, seq, scale):
 
 
 @triton.jit
-def lse_kernel(
-    query_ptr, key_ptr, lse_ptr, seq, n_sense, e, scale, WIDEN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr
-):
+def lse_kernel(query_ptr, key_ptr, lse_ptr, seq, n_sense, e, scale, WIDEN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
     """Program (block of queries, sense, sequence): log-sum of the scores, (batch, n_sense, seq)."""
     sense, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E)
@@ -89,23 +84,8 @@ def lse_kernel(
 
 
 @triton.jit
-def output_kernel(
-    query_ptr,
-    key_ptr,
-    table_ptr,
-    index_ptr,
-    lse_ptr,
-    out_ptr,
-    seq,
-    n_sense,
-    e,
-    d,
-    scale,
-    WIDEN: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def output_kernel(query_ptr, key_ptr, table_ptr, index_ptr, lse_ptr, out_ptr, seq, n_sense, e, d, scale, WIDEN: tl.constexpr,
+                  E: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Program (block of queries, piece of d, sequence): o, all senses in one accumulator."""
     sequence = tl.program_id(2).to(tl.int64)
     i, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E)
@@ -121,17 +101,12 @@ def output_kernel(
             row = tl.load(index_ptr + sequence * seq + j, mask=j < seq, other=0)
             senses = load_tile(table_ptr + sense * d, row, columns, n_sense * d, j < seq, d, WIDEN)
             o = tl.dot(tl.exp(s - lse[:, None]).to(senses.dtype), senses, o, input_precision="ieee")
-    tl.store(
-        out_ptr + (sequence * seq + i[:, None]) * d + columns[None, :],
-        o.to(out_ptr.dtype.element_ty),
-        mask=(i[:, None] < seq) & (columns[None, :] < d),
-    )
+    tl.store(out_ptr + (sequence * seq + i[:, None]) * d + columns[None, :], o.to(out_ptr.dtype.element_ty),
+             mask=(i[:, None] < seq) & (columns[None, :] < d))
 
 
 @triton.jit
-def products(
-    grad_ptr, table_ptr, i, row, j, seq, d, stride, WIDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
-):
+def products(grad_ptr, table_ptr, i, row, j, seq, d, stride, WIDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """dP: ⟨G_i, C_j⟩ of one sense, (BLOCK, BLOCK) float32, over all of d. row: of the tokens j in the table."""
     dp = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     for start in range(0, d, CHUNK):
@@ -143,25 +118,8 @@ def products(
 
 
 @triton.jit
-def query_kernel(
-    query_ptr,
-    key_ptr,
-    table_ptr,
-    index_ptr,
-    lse_ptr,
-    grad_ptr,
-    d_query_ptr,
-    delta_ptr,
-    seq,
-    n_sense,
-    e,
-    d,
-    scale,
-    WIDEN: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def query_kernel(query_ptr, key_ptr, table_ptr, index_ptr, lse_ptr, grad_ptr, d_query_ptr, delta_ptr, seq, n_sense, e, d, scale,
+                 WIDEN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Program (block of queries, sense, sequence): ∂query = scale·(A − δ·R), and δ."""
     sense, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E)
@@ -182,34 +140,13 @@ def query_kernel(
         r = tl.dot(p.to(k.dtype), k, r, input_precision="ieee")
         delta += tl.sum(dp, 1)
     tl.store(delta_ptr + at, delta, mask=i < seq)
-    tl.store(
-        d_query_ptr + base + i[:, None] * stride + c[None, :],
-        scale * (a - delta[:, None] * r),
-        mask=(i[:, None] < seq) & (c[None, :] < e),
-    )
+    tl.store(d_query_ptr + base + i[:, None] * stride + c[None, :], scale * (a - delta[:, None] * r),
+             mask=(i[:, None] < seq) & (c[None, :] < e))
 
 
 @triton.jit
-def key_kernel(
-    query_ptr,
-    key_ptr,
-    table_ptr,
-    index_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_ptr,
-    d_key_ptr,
-    d_table_ptr,
-    seq,
-    n_sense,
-    e,
-    d,
-    scale,
-    WIDEN: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def key_kernel(query_ptr, key_ptr, table_ptr, index_ptr, lse_ptr, delta_ptr, grad_ptr, d_key_ptr, d_table_ptr, seq, n_sense, e, d, scale,
+               WIDEN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Program (block of keys, sense, sequence): ∂key, and Σ_i P·G_i added to the tokens' rows of ∂table."""
     sense, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
     j, c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, E)
@@ -224,14 +161,9 @@ def key_kernel(
         q = load_tile(query_ptr + base, i, c, stride, i < seq, e, WIDEN)
         lse, delta = tl.load(lse_ptr + at, mask=i < seq, other=0.0), tl.load(delta_ptr + at, mask=i < seq, other=0.0)
         p = tl.where(i[:, None] < seq, tl.exp(scores(q, k, i, j, seq, scale) - lse[:, None]), 0.0)
-        ds = p * (
-            products(grad_ptr, table_ptr + sense * d, i, row, j, seq, d, n_sense * d, WIDEN, BLOCK, CHUNK)
-            - delta[:, None]
-        )
+        ds = p * (products(grad_ptr, table_ptr + sense * d, i, row, j, seq, d, n_sense * d, WIDEN, BLOCK, CHUNK) - delta[:, None])
         d_key = tl.dot(tl.trans(ds).to(q.dtype), q, d_key, input_precision="ieee")
-    tl.store(
-        d_key_ptr + base + j[:, None] * stride + c[None, :], scale * d_key, mask=(j[:, None] < seq) & (c[None, :] < e)
-    )
+    tl.store(d_key_ptr + base + j[:, None] * stride + c[None, :], scale * d_key, mask=(j[:, None] < seq) & (c[None, :] < e))
     for start_c in range(0, d, CHUNK):
         columns = start_c + tl.arange(0, CHUNK)
         d_senses = tl.zeros([BLOCK, CHUNK], dtype=tl.float32)
@@ -242,11 +174,8 @@ def key_kernel(
             p = tl.exp(scores(q, k, i, j, seq, scale) - lse[:, None])
             g = load_tile(grad_ptr, i, columns, d, i < seq, d, WIDEN)
             d_senses = tl.dot(tl.trans(p).to(g.dtype), g, d_senses, input_precision="ieee")
-        tl.atomic_add(
-            d_table_ptr + (row[:, None] * n_sense + sense) * d + columns[None, :],
-            d_senses,
-            mask=(j[:, None] < seq) & (columns[None, :] < d),
-        )
+        tl.atomic_add(d_table_ptr + (row[:, None] * n_sense + sense) * d + columns[None, :], d_senses,
+                      mask=(j[:, None] < seq) & (columns[None, :] < d))
 
 
 class SenseMix(torch.autograd.Function):
@@ -257,15 +186,11 @@ class SenseMix(torch.autograd.Function):
         d = table.size(2)
         lse = torch.empty(batch, n_sense, seq, device=query.device)
         out = torch.empty(batch, seq, d, device=query.device, dtype=table.dtype)
-        (block, chunk), width = (
-            tile_sizes(query.dtype),
-            max(16, triton.next_power_of_2(e)),
-        )  # keys padded with zeros to what tl.dot takes
+        (block, chunk), width = tile_sizes(query.dtype), max(16, triton.next_power_of_2(e))  # keys padded with zeros to what tl.dot takes
         tiles = triton.cdiv(seq, block)
         lse_kernel[(tiles, n_sense, batch)](query, key, lse, seq, n_sense, e, scale, WIDEN, width, block)
-        output_kernel[(tiles, triton.cdiv(d, chunk), batch)](
-            query, key, table, index, lse, out, seq, n_sense, e, d, scale, WIDEN, width, block, chunk
-        )
+        output_kernel[(tiles, triton.cdiv(d, chunk), batch)](query, key, table, index, lse, out, seq, n_sense, e, d, scale, WIDEN, width,
+                                                            block, chunk)
         ctx.save_for_backward(query, key, table, index, lse)
         ctx.scale = scale
         return out
@@ -291,19 +216,13 @@ def sense_mix(query, key, table, index, scale):
     d), all float32, bfloat16 or float16, of one dtype; index: (batch, seq) int64 → (batch, seq, d). Differentiable
     once. Raises ValueError for other shapes and dtypes. An index outside 0..rows − 1 is not looked for."""
     if query.dim() != 4 or key.shape != query.shape or table.dim() != 3 or table.size(1) != query.size(2):
-        raise ValueError(
-            f"sense_mix: want query and key (batch, seq, n_sense, e) and table (rows, n_sense, d); have {tuple(query.shape)}, "
-            f"{tuple(key.shape)} and {tuple(table.shape)}"
-        )
+        raise ValueError(f"sense_mix: want query and key (batch, seq, n_sense, e) and table (rows, n_sense, d); have {tuple(query.shape)}, "
+                         f"{tuple(key.shape)} and {tuple(table.shape)}")
     if index.shape != query.shape[:2] or index.dtype != torch.int64:
-        raise ValueError(
-            f"sense_mix: want index {tuple(query.shape[:2])} int64, have {tuple(index.shape)} {index.dtype}"
-        )
+        raise ValueError(f"sense_mix: want index {tuple(query.shape[:2])} int64, have {tuple(index.shape)} {index.dtype}")
     if not query.dtype == key.dtype == table.dtype or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"sense_mix: want query, key and table of one dtype, float32, bfloat16 or float16; have {query.dtype}, "
-            f"{key.dtype} and {table.dtype}"
-        )
+        raise ValueError(f"sense_mix: want query, key and table of one dtype, float32, bfloat16 or float16; have {query.dtype}, "
+                         f"{key.dtype} and {table.dtype}")
     return SenseMix.apply(query, key, table, index, scale)
 
 
@@ -327,24 +246,19 @@ def errors(*sizes):
         weight = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
         results.append([out.detach(), *torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)])
     rms = lambda x: float(x.double().square().mean().sqrt())
-    *low, exact = results
-    return [[rms(a.double() - b) / max(rms(b), 0.01) for a, b in zip(some, exact)] for some in low]
+    return [[rms(a.double() - b) / max(rms(b), 0.01) for a, b in zip(low, results[-1])] for low in results[:-1]]
 
 
-CASES = (
-    (2, 70, 3, 5, 20, 7),
-    (1, 1, 1, 1, 1, 1),
-    (1, 33, 1, 40, 40, 3),
-    (2, 32, 4, 16, 100, 50),
-)  # batch, seq, n_sense, e, d, rows
+CASES = ((2, 70, 3, 5, 20, 7), (1, 1, 1, 1, 1, 1), (1, 33, 1, 40, 40, 3), (2, 32, 4, 16, 100, 50))  # batch, seq, n_sense, e, d, rows
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8}  # what storing the result costs
 
 
 def check(device):
     for case in CASES:
-        for dtype, floor in ((torch.float32, 1e-5), (torch.bfloat16, 3e-3)):
-            for kernel, plain in zip(*errors(*case, dtype, device)):
-                assert kernel <= max(plain, floor), (case, dtype, kernel, plain)
-    print("output and gradients: no farther from float64 than the plain version, in float32 and bfloat16")
+        for dtype, rounding in ROUNDING.items():
+            for mine, plain in zip(*errors(*case, dtype, device)):
+                assert mine <= max(plain, rounding), (case, dtype, mine, plain)
+    print("output and gradients are no farther from float64 than the plain version: float32 and bfloat16")
 
 
 def forward_and_backward(mix, tensors, index, scale):
