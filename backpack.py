@@ -1,4 +1,59 @@
-"""DOC"""
+"""Backpack language models: sense vectors that one can read and edit (Hewitt and others, arXiv 2305.16765).
+
+The problem. A Transformer mixes what it knows of a word with its context at every layer. An edit for one context does
+something else in the next, so there is no place where "what this word means to the model" could be read or changed.
+
+The idea. Give every word k sense vectors that never see a context, and let the next word depend on the text through
+a weighted sum of them. A whole Transformer is used, but only to find the weights, which are non-negative and sum to 1
+for each sense. The logits are linear in the senses: scale one or swap a direction in it, and the effect has the same
+direction in every context, by a known amount.
+
+    C(x)_l, l = 1…k                                   senses of word x: a network of x's embedding alone
+    α_lij = softmax_{j ≤ i}(⟨q_li, k_lj⟩/√e)          q, k: one linear map of a Transformer's last layer, e = d/k
+    o_i = Σ_l Σ_{j ≤ i} α_lij·C(x_j)_l                logits_i = E·o_i, E the table of embeddings
+
+    log-odds = Σ_j Σ_l α_lij·⟨E_a − E_b, C(x_j)_l⟩    attribution; a factor w on a sense adds (w − 1)·its terms
+    C̃ = C + ⟨C, E_r⟩/|E_r|²·(E_a·|E_r|²/|E_a|² − E_r)   a fact moved from word r to word a: swapped
+
+How to run it.
+
+    python backpack.py                           small Backpacks and Transformers: losses, senses, edits (2 minutes)
+    python backpack.py senses nurse bread        of the demo's model; also attribute, debias, edit, topic, sample
+    python backpack.py eval FILE…                .txt, .json, or .jsonl of LAMBADA, BLiMP, pronouns, capitals
+    python backpack.py similarity SimLex-999.txt RG65.csv      any tables of two words and a score
+    python backpack.py senses build --ckpt public              the authors' model (684 MB by download)
+    torchrun --nproc_per_node=8 backpack.py train --size small --tokenizer gpt2 --data FOLDER     the paper's recipe
+
+What we measured (CPU, one thread, torch 2.13.0; `python backpack.py --seed 0`, 1, 2):
+
+    the paper, 170M weights                              here                  seed 0        seed 1        seed 2
+    perplexity 20.1, the Transformer inside 20.2         loss, Python's help topics, k = 16
+                                                         Backpack              2.680         2.660         2.662
+                                                         inner Transformer     2.747         2.727         2.736
+                                                         as many weights       2.601         2.605         2.667
+    bias ratio 4.34, one sense removed 2.88,             generated world       9.1, 1.2      9.1, 1.1      10.1, 1.1
+    factors fitted 2.16                                  another removed; fit  8.4; 1.2      8.2; 1.0      9.8; 1.1
+    Transformer 7.02, gender projected out 6.72          Transformer           7.2, 7.0      8.2, 7.9      10.2, 8.8
+    MacBook: Apple → HP, shown by samples                P(hp), 3 prompts      0.78          0.88          0.96
+                                                         others move by        < 0.0001      < 0.0001      < 0.0001
+
+The true bias ratio of the world is 9. The sense is located, and factors are fitted, on other prompts than those that
+count; the other products are asked for behind a sentence with the edited one.
+
+What did not hold at this scale. A Transformer with as many weights as the Backpack is ahead in two of three runs and
+level in one; the gain is over the smaller one that it contains, which is the paper's comparison. Most senses of so
+small models speak of the next word. The public model itself was not run here (no network); the loader was, on files of its layout.
+
+Where this file differs from the paper: no dropout; rows of E that pad the vocabulary have no probability in training;
+bfloat16 without loss scaling; a batch's senses are computed once for each distinct token; small models start from wider
+weights than N(0, 0.02). On a GPU kernels/sense_mix.py is used from 2,048 positions on, for its memory; the rest is
+torch.compile's. GPU: not measured since.
+
+Try:
+    python backpack.py debias --sense 0             another sense than the located 7: the bias ratio stays, 9.14 → 9.11
+    python backpack.py edit --word printer --remove hp --add sony --control laserjet     0.00 → 0.96; laserjet stays
+    in small_model, std = 0.02, the paper's          the world's Backpack has 0.840 after 400 steps, with 0.08 0.805
+"""
 
 import argparse
 import ast
@@ -1030,25 +1085,15 @@ def demo(args):
     save_results(args.out, args, losses=losses, gender=bias, transformer_gender=baseline, edit=found)
 
     def draw(fig):
-        left, right = fig.subplots(1, 2, width_ratios=(1, 1.3))
-        E, nouns = model.lm_head.weight, [noun for kind in HE_SHARE for noun in WORLD[kind]]
+        ax, E, nouns = fig.subplots(), model.lm_head.weight, [noun for kind in HE_SHARE for noun in WORLD[kind]]
         ids = torch.tensor([token(codec, noun) for noun in nouns])
         values = (model.senses(ids) @ (E[token(codec, "he")] - E[token(codec, "she")])).numpy()  # (nouns, n_sense)
-        image = left.imshow(values, cmap="RdBu_r", vmin=-abs(values).max(), vmax=abs(values).max(), aspect="auto")
-        left.set_yticks(range(len(nouns)), nouns)
-        left.set(xlabel=f"sense ({bias['sense']} is removed)", title="What senses add to log P(he)/P(she)")
-        fig.colorbar(image, ax=left)
-        shown = [row for row in found if row["prompt"].endswith("made by")]
-        for i, name in enumerate(("apple", "hp")):
-            for j, when in enumerate(("before", "after")):
-                at = np.arange(len(shown)) + 0.2 * (2 * i + j) - 0.3
-                label, alpha = f"P({name}) {when}", 0.4 + 0.6 * j
-                right.barh(at, [row[when][i] for row in shown], 0.2, label=label, color=f"C{i}", alpha=alpha)
-        right.set_yticks(range(len(shown)), [row["word"] for row in shown])
-        right.set(xlabel="probability after “the … is made by”", title="“macbook”: apple → hp, by its senses alone")
-        right.legend()
+        image = ax.imshow(values, cmap="RdBu_r", vmin=-abs(values).max(), vmax=abs(values).max(), aspect="auto")
+        ax.set_yticks(range(len(nouns)), nouns)
+        ax.set(xlabel=f"sense ({bias['sense']} is removed)", title="What senses of professions add to log P(he)/P(she)")
+        fig.colorbar(image, ax=ax)
 
-    figure(args.out / "demo.png", args, draw, (12, 5))
+    figure(args.out / "demo.png", args, draw)
 
 
 def ablate_k(args):
