@@ -42,7 +42,8 @@ count; the other products are asked for behind a sentence with the edited one.
 
 What did not hold at this scale. A Transformer with as many weights as the Backpack is ahead in two of three runs and
 level in one; the gain is over the smaller one that it contains, which is the paper's comparison. Most senses of so
-small models speak of the next word. The public model itself was not run here (no network); the loader was, on files of its layout.
+small models speak of the next word. The public model itself was not run (no network); the loader was, on files of its
+layout.
 
 Where this file differs from the paper: no dropout; rows of E that pad the vocabulary have no probability in training;
 bfloat16 without loss scaling; a batch's senses are computed once for each distinct token; small models start from wider
