@@ -161,7 +161,7 @@ class Backpack(nn.Module):
         if not 1 <= n_sense <= config.d:
             raise ValueError(f"Backpack: {n_sense} senses; from 1 to the width, {config.d}, are possible")
         self.config, self.n_sense, self.width, self.divisor = config, n_sense, width, n_sense if divide_by_k else 1
-        self.gpt, self.known = GPT(config), None
+        self.gpt, self.known = Transformer(config), None
         self.lm_head = self.gpt.lm_head
         self.sense_network = SenseNetwork(config.d, n_sense, width)
         self.weight_net = nn.Linear(config.d, 2 * n_sense * (config.d // n_sense))  # queries, then keys
@@ -187,7 +187,7 @@ class Backpack(nn.Module):
         return (query, key, self.senses(distinct), index, query.size(-1) ** -0.5), ids
 
     def trunk(self, ids, cache=None, control=None):
-        """ids (batch, seq) int64 → o (batch, seq, d). cache: a dict, of GPT.trunk. control(ids, senses (batch, seq,
+        """ids (batch, seq) int64 → o (batch, seq, d). cache: a dict. control(ids, senses (batch, seq,
         n_sense, d)) → factors (batch, seq, n_sense) on the senses of every position."""
         (query, key, table, index, scale), ids = self.parts(ids, cache)
         if control:
@@ -275,7 +275,7 @@ def topic_control(model, scores, strength):
 # ==================================================================================== the model
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     def __init__(self, d, n_head, layer):
         super().__init__()
         self.n_head, self.layer = n_head, layer
@@ -294,7 +294,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT(nn.Module):
+class Transformer(nn.Module):
     """GPT-2, the baseline and the context network. Interface as Backpack's. A cache: a dict by layer."""
 
     def __init__(self, config):
@@ -302,7 +302,8 @@ class GPT(nn.Module):
         d, self.config = config.d, config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.n_vocab, d), wpe=nn.Embedding(config.block_size, d),
-            h=nn.ModuleList(Block(d, config.n_head, i) for i in range(config.n_layer)), ln_f=nn.LayerNorm(d)))
+            h=nn.ModuleList(TransformerBlock(d, config.n_head, i) for i in range(config.n_layer)),
+            ln_f=nn.LayerNorm(d)))
         self.lm_head = nn.Linear(d, config.n_vocab, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
         initialise(self, config)
@@ -430,7 +431,7 @@ def open_model(args, default="world.pt"):
             about = saved["about"]
             codec = codec_of(about.pop("tokenizer"), about.pop("words"))
             config = Config(**about.pop("config"))
-            model = Backpack(config, **about) if about else GPT(config)
+            model = Backpack(config, **about) if about else Transformer(config)
             model.load_state_dict(saved["model"])
         else:
             model, codec = from_hugging_face(path, args.n_head, args.divide_by_k), codec_of("gpt2")
@@ -650,7 +651,7 @@ def prompt_ids(codec, text, model, n_new=0):
     return ids
 
 
-def read_text(path):
+def text_of(path):
     try:
         return Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -685,7 +686,7 @@ def load_data(data, codec):
         texts = stdlib_prose()
         parts = ["\n".join(t for i, t in enumerate(texts) if (i % 20 == 19) == held_out) for held_out in (False, True)]
     elif path.is_file():
-        text = read_text(path)
+        text = text_of(path)
         parts = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     else:
         fail(f"--data {data}: no such file or folder, and not prose")
@@ -730,7 +731,7 @@ def validation_loss(loss_of, shards, seq, n=256):
     return float(np.mean(losses))
 
 
-def make_optimizer(model, lr):
+def adamw(model, lr):
     """AdamW; weight decay on linear layers only (appendix A.2)."""
     linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} - {model.lm_head.weight}
     groups = [dict(params=[p for p in model.parameters() if (p in linear) == decays], weight_decay=0.1 * decays)
@@ -793,14 +794,14 @@ def train(args):
         codec = codec_of(args.tokenizer)
         n_layer, n_head, d, block = SIZES[args.size]
         config = Config(n_layer, n_head, d, -(-codec.n_vocab // 8) * 8, block, 0.02 if d >= 128 else 0.5 * d**-0.5)
-        model = GPT(config) if args.arch == "transformer" else Backpack(config, args.n_sense)
+        model = Transformer(config) if args.arch == "transformer" else Backpack(config, args.n_sense)
     model, seq = model.to(device), config.block_size
     steps, batch = args.steps or (100_000 if on_gpu else 300), args.batch_size or (1024 if on_gpu else 8)
     edits, model.known = getattr(model, "known", None), None  # senses are computed while the weights change
     if edits:
         fail(f"--ckpt {args.ckpt} has edited senses, which training would forget")
     shards, val_shards = load_data(args.data, codec)
-    opt, first = make_optimizer(model, args.lr), 0
+    opt, first = adamw(model, args.lr), 0
     free = dict.fromkeys(("task", "out", "resume", "quiet", "device", "micro_batch_size", "save_every"))
     settings = vars(args) | free | dict(steps=steps, batch_size=batch)  # what a resumed run must share
     if args.resume:
@@ -1022,8 +1023,8 @@ def small_model(arch, corpus, args, seed, steps, name, d=64, **sizes):
     shards, val_shards = [ids[: len(ids) * 9 // 10]], [ids[len(ids) * 9 // 10 :]]
     device, config = torch.device(args.device or "cpu"), Config(2, 4, d, codec.n_vocab, seq, std)
     torch.manual_seed(seed)
-    model = (GPT(config) if arch == "transformer" else Backpack(config, **sizes)).to(device)
-    opt = make_optimizer(model, 3e-3)
+    model = (Transformer(config) if arch == "transformer" else Backpack(config, **sizes)).to(device)
+    opt = adamw(model, 3e-3)
     history = list(training(model, opt, shards, codec.n_vocab, steps=steps, batch=batch, seq=seq, lr=3e-3, seed=seed,
                             warmup=steps // 20, name=name, quiet=args.quiet))
     loss = validation_loss(Loss(model, codec.n_vocab), val_shards, seq)
@@ -1137,9 +1138,9 @@ def attribute(args):
 
 def debias(args):
     """Section 6.2, table 5: how much likelier one pronoun is than the other, and what one sense has to do with it."""
-    data = read_rows(args.data, ("prefix", "suffix1", "suffix2")) if args.data else None
+    data = read_json_lines(args.data, ("prefix", "suffix1", "suffix2")) if args.data else None
     model, codec = open_model(args)
-    if isinstance(model, GPT):
+    if isinstance(model, Transformer):
         found = transformer_gender(model, codec, data)
         print_table(("Transformer", "bias ratio"), list(found.items()))
         return save_results(args.out, args, **found)
@@ -1201,7 +1202,7 @@ def sample(args):
 def read_pairs(path):
     """A table of two words and a score: tab, semicolon or comma between them; the score is the first number behind the
     words. A first row without one is a header. → [(word, word, score)]."""
-    pairs, lines = [], [line for line in read_text(path).splitlines() if line.strip()]
+    pairs, lines = [], [line for line in text_of(path).splitlines() if line.strip()]
     for i, line in enumerate(lines, 1):
         cells = [cell.strip() for cell in line.split(max("\t;,", key=lines[0].count))]
         number = [float(cell) for cell in cells[2:] if re.fullmatch(r"-?\d+(\.\d+)?", cell)][:1]
@@ -1250,10 +1251,10 @@ def similarity(args):
     save_results(args.out, args, table=rows)
 
 
-def read_rows(path, fields):
+def read_json_lines(path, fields):
     """The JSON lines of a file, each an object with these fields."""
     rows = []
-    for i, line in enumerate(read_text(path).splitlines(), 1):
+    for i, line in enumerate(text_of(path).splitlines(), 1):
         try:
             rows.append(json.loads(line))
             if not all(isinstance(rows[-1][field], str) for field in fields):
@@ -1268,11 +1269,11 @@ KINDS = (("suffix1", "suffix2", "prefix"), ("prefix", "suffix"), ("sentence_good
 
 def evaluate_lines(path, model, codec):
     """JSON lines, by their fields: pronoun bias, continuations as of capitals, BLiMP's pairs, LAMBADA's last words."""
-    first = read_text(path).partition("\n")[0]
+    first = text_of(path).partition("\n")[0]
     fields = next((fields for fields in KINDS if all(f'"{field}"' in first for field in fields)), None)
     if fields is None:
         fail(f"{path}, row 1: want {' or '.join(' and '.join(fields) for fields in KINDS)}")
-    rows, start, encode = read_rows(path, fields), [codec.start], codec.encode
+    rows, start, encode = read_json_lines(path, fields), [codec.start], codec.encode
     ids_of = lambda before, after: (start + encode(before), encode(after))
     score = lambda pairs: log_probs(model, [ids_of(*pair) for pair in pairs], codec.n_vocab)
     if fields == ("text",):
@@ -1291,7 +1292,7 @@ def evaluate_lines(path, model, codec):
 
 def evaluate_text(path, model, codec):
     """Perplexity over windows that do not overlap: a text, or a JSON list of texts; without a file Python's prose."""
-    text = "\n".join(stdlib_prose())[-200_000:] if path is None else read_text(path)
+    text = "\n".join(stdlib_prose())[-200_000:] if path is None else text_of(path)
     if path is not None and path.suffix == ".json":
         try:
             text = "\n".join(json.loads(text))

@@ -60,7 +60,8 @@ Cost of a step over gpt2's 124M parameters, nothing compiled (`bench`, one threa
 
 On a GPU (NVIDIA H100, torch 2.11, 25 November 2026, an earlier loop, gpt2-medium, 96 × 1,024 tokens a step): AdamW
 0.544 s a step, Sophia-G 0.576 on average, 5.9 % more; steady 180,000 tokens/s, MFU 44 %. This loop (loss in one
-compiled graph, bfloat16 residual stream, micro-batch by memory): its parts had 54.6 % on an H200; the whole is not measured.
+compiled graph, bfloat16 residual stream, micro-batch by memory): its parts had 54.6 % on an H200; the whole: not
+measured.
 
 Where this file differs from the paper: ĝ is squared for each micro-batch, not once for the mean (same expectation, less
 variance); Hutchinson's u is ±1, not Gaussian (likewise). Not here: dividing attention logits by the layer's number,

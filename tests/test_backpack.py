@@ -426,7 +426,7 @@ def test_train_fine_tune_resume_and_ranks(tmp_path, monkeypatch, capsys):
     assert tuned["history"][0][1] < one[0][1] - 0.1
     model = Backpack(Config(1, 2, 16, 256, 128), 4)
     with torch.autocast("cpu", torch.bfloat16):  # the path that a GPU takes
-        opt = bp.make_optimizer(model, 1e-3)
+        opt = bp.adamw(model, 1e-3)
         steps = list(
             bp.training(
                 model, opt, [np.arange(999) % 7], 256, steps=2, batch=2, seq=32, lr=1e-3, seed=0, warmup=0, quiet=True
