@@ -400,6 +400,8 @@ async def notarise(log, host, port, machines=1, deadline=30.0, patience=60.0):
 
         try:
             machine, held = HELLO.unpack(await asyncio.wait_for(reader.readexactly(HELLO.size), 10))
+            if held > run["steps"] + 1:
+                raise ValueError("does not speak this protocol")
             about, sealed, name = json.dumps(run).encode(), len(records), f"machine {machine:016x}"
             writer.write(HELLO.pack(len(about), sealed) + about + b"".join(record.pack() for record in records))
             links[machine] = writer
@@ -411,6 +413,8 @@ async def notarise(log, host, port, machines=1, deadline=30.0, patience=60.0):
             say(f"{name} {error or 'said nothing'}: dropped")
         except (EOFError, OSError):  # it left
             away.discard(machine)
+        except asyncio.CancelledError:  # we leave
+            pass
         finally:
             writer.close()
             if links.get(machine) is writer:
@@ -928,20 +932,22 @@ def race(arms, args):
         steps = np.array([len(curve) - 1 if curve[-1] < TARGET else math.nan for curve in mine])
         mean = steps.mean()
         print(f"{name:25}{lr:6.4f} {mean:8.0f} {steps.std():8.0f} {mean * batches:8.0f} {mean * sent:30,.0f}")
-    save_results(args.out, args, curves={str(job): curve for job, curve in curves.items()})
     return curves
 
 
 def demo(args):
     """1, 2 and 4 machines fine-tune a model with a byte a step each; then real processes are killed, join and agree."""
     curves = race([(name, RATES[best]) for name, (*_, best) in ARMS.items()], args)
-    print(drill(args.out / "drill"))
+    report = drill(args.out / "drill")
+    print(report)
+    save_results(args.out, args, drill=report, curves=list(curves.items()))
     figure(args.out / "demo.png", args, partial(draw, curves))
 
 
 def compare(args):
     """Every arm of the demo at every rate, a factor of √2 apart: where the demo's rates come from."""
-    race(list(itertools.product(ARMS, RATES)), args)
+    curves = race(list(itertools.product(ARMS, RATES)), args)
+    save_results(args.out, args, curves=list(curves.items()))
 
 
 def drill(folder):
