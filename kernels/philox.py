@@ -1,16 +1,17 @@
-"""Random numbers without a state: a block cipher of few rounds turns a counter into four random words, the same on every device.
+"""Random numbers without a state: a block cipher of few rounds turns a counter into four random words, the same on
+every device.
 
-    philox(c0, c1, c2, c3; k0, k1) → x0, x1, x2, x3        ten rounds, k0 += 0x9E3779B9 and k1 += 0xBB67AE85 between them, of
-    c0, c1, c2, c3 ← hi(c2·0xCD9E8D57) ^ c1 ^ k0,  lo(c2·0xCD9E8D57),  hi(c0·0xD2511F53) ^ c3 ^ k1,  lo(c0·0xD2511F53)
+    philox(c0, c1, c2, c3; k0, k1) → x0, x1, x2, x3        ten rounds, k0 += 0x9E3779B9, k1 += 0xBB67AE85 between them:
+    c0, c1, c2, c3 ← hi(c2·0xCD9E8D57) ^ c1 ^ k0, lo(c2·0xCD9E8D57), hi(c0·0xD2511F53) ^ c3 ^ k1, lo(c0·0xD2511F53)
 
 Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011). A sequential
 generator must be asked in order, and torch's CPU and CUDA generators give different numbers for one seed. Here the
-caller says which number it wants: put what identifies it (element, step, machine, sample, token, …) into the counter
-and the seed into the key. Any element can be had alone, again, and elsewhere.
+caller says which number it wants: put what identifies it (call, step, machine, …) into the counter and the seed into
+the key. Any element can be had alone, again, and elsewhere.
 
-What it costs. Twenty 32 × 32 → 64 bit products, forty exclusive ors and eighteen additions for four words: about
-twenty integer instructions a word, and no bytes at all. Numbers made in registers beat numbers read from memory
-wherever they are used only once.
+What it costs. Twenty 32 × 32 → 64 bit products, forty exclusive ors and eighteen additions for four words: about twenty
+integer instructions a word, and no bytes at all. Numbers made in registers beat numbers read from memory wherever they
+are used only once.
 
 Two distributions of mean 0 and variance 1. The first is an integer until its last operation, so it is equal to the last
 bit on every device; the second goes through log, sin and cos, which differ in the last place from device to device.
@@ -33,7 +34,8 @@ from kernels import run_as_program
 KNOWN = {  # (counter, key, rounds): words; from the known-answer file of the authors' library Random123
     ((0, 0, 0, 0), 0, 10): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
     ((2**32 - 1,) * 4, 2**64 - 1, 10): (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822, 10): (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822, 10): (
+        0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ((0, 0, 0, 0), 0, 7): (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
 }
 
@@ -63,7 +65,7 @@ def rademacher(word, bit, coef):
 
 @triton.jit
 def gaussian(radius, angle):
-    """Box-Muller of two uint32 words → two independent normals. u = (23 bits + ½)/2²³ is never 0; the angle is 24 bits of a turn."""
+    """Box-Muller of two uint32 words → two independent normals. u = (23 bits + ½)/2²³ is never 0; an angle has 24."""
     u = ((radius >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
     r = tl.sqrt(-2.0 * tl.log(u))
     theta = (angle >> 8).to(tl.float32) * 3.7450702829238413e-07  # 2π·2⁻²⁴
@@ -98,7 +100,7 @@ def random_words(counters, rounds=10):
     of them: rademacher (bit 0 of x0, bit 31 of x3), gaussian (x0, x1), both. For checks: other kernels call the
     device functions."""
     if counters.dtype != torch.int64 or counters.dim() != 2 or counters.size(1) != 6 or not counters.is_contiguous():
-        raise ValueError(f"philox: want contiguous int64 counters (n, 6), have {counters.dtype} {tuple(counters.shape)}")
+        raise ValueError(f"philox: want contiguous int64 (n, 6), have {counters.dtype} {tuple(counters.shape)}")
     n = len(counters)
     words = torch.empty(n, 4, dtype=torch.int64, device=counters.device)
     z = torch.empty(n, 4, device=counters.device)
@@ -129,7 +131,7 @@ def check(device):
 
 
 def benchmark():
-    """What one number costs when it is made in registers: rates by perturb's kernel, which does little else for many machines."""
+    """What one number costs when it is made in registers: rates by perturb's kernel, which does little else."""
     from kernels import perturb
 
     perturb.benchmark()

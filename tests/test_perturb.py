@@ -1,4 +1,4 @@
-"""kernels/perturb.py against the plain version in spsa_distributed.py: under the interpreter on a CPU, compiled on a GPU."""
+"""kernels/perturb.py against the plain version in spsa_distributed.py: interpreted on a CPU, compiled on a GPU."""
 
 import pytest
 import torch

