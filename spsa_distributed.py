@@ -26,7 +26,20 @@ what the log lost. There is no password: run it in a network that you trust.
     python spsa_distributed.py train --machines 4                   without a notary, or torchrun --nproc_per_node=2 …
     python spsa_distributed.py train --model gpt2 --data SST-2/train.tsv --lr 1e-6 --steps 20000 --batch_size 16
 
-@MEASURED@
+What was measured (one thread of a busy AMD EPYC, torch 2.13, seeds 0-2; a GPT of 101,888 weights, pretrained here to
+follow one adjective of three, that must learn to follow the majority; steps until the test cross entropy is below .25,
+looked at after every step; rates among seven a factor of √2 apart, by two other seeds):
+
+    python spsa_distributed.py   1 machine    2 machines    4 machines    4, float32    MeZO       Adam, backpropagation
+    steps                         78 ± 23      49 ± 8        35 ± 6        36 ± 6        86 ± 11    5 ± 1
+    batches                       78           99            139           143           86         5
+    bytes of gradients            78           49            35            143           343        2,037,760
+
+Four machines take 2.2 times fewer steps than one, for 1.8 times its batches. A byte does as well as a float32, and one
+machine as well as naive MeZO; its best rate, .016, is the highest that was tried (with κ it acts on the sign of most
+bytes). Backpropagation needs 16 times fewer batches than one machine: the byte buys bandwidth, not compute.
+A step's noise and update of a million weights on a CPU (TRITON_INTERPRET=1 python -m kernels.perturb): 11.2 ms against
+19.5 for MeZO's idiom, of 8 machines 18.2 against 53.0; gaussian 73.6 and 181.7.
 
 Bytes. The gradient is one byte. A machine's message has 27 with who, when, on what weights and a checksum; a record of
 n machines has 18 + 9·n, and TCP/IP adds its own. Other schemes for GPT-2's 124,439,808 weights, a step, by arithmetic:
@@ -38,7 +51,8 @@ see each other's rows, but T steps reveal up to 8·T bits of them; this is no di
 under bfloat16 autocast take --eps 1e-2. Gaussian noise, the paper's, differs between devices in the last place and is
 slower on a CPU than torch.randn; use it among like machines.
 
-@TRY@
+Try (`train --steps 60 --lr 0.016`: cross entropy .215, accuracy .895): `--machines 1`: .260, .920. `--noise gaussian`:
+.149, .980. `--clip 100`: 1.165, .565, the rate is too high without the clip.
 """
 
 import argparse
