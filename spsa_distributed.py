@@ -28,7 +28,7 @@ what the log lost. There is no password: run it in a network that you trust.
 
 What was measured (one thread of a busy AMD EPYC, torch 2.13, seeds 0-2; a GPT of 101,888 weights, pretrained here to
 follow one adjective of three, that must learn to follow the majority; steps until the test cross entropy is below .25,
-looked at after every step; rates among seven a factor of √2 apart, by two other seeds):
+looked at after every step; rates a factor of √2 apart by other seeds, three or more for each row, not all seven):
 
     python spsa_distributed.py   1 machine    2 machines    4 machines    4, float32    MeZO       Adam, backpropagation
     steps                         78 ± 23      49 ± 8        35 ± 6        36 ± 6        86 ± 11    5 ± 1
@@ -854,7 +854,7 @@ def train(args):
             replica.save(args.out)
     if rank == 0:
         ce, accuracy = problem.evaluate()
-        print(f"{path}: cross entropy {ce:.3f}, accuracy {accuracy:.3f}, weights {replica.hash.hex()}")
+        print(f"cross entropy {ce:.3f}, accuracy {accuracy:.3f}, weights {replica.hash.hex()}\n{path}")
         save_model(args.out / "weights.pt", problem.model)
     if world > 1:
         dist.barrier()
@@ -940,7 +940,7 @@ def adam(problem):
         yield
 
 
-ARMS = {  # method, batches and bytes of gradients a machine and step, the best of RATES on seeds 1000 and 1001
+ARMS = {  # method, batches and bytes of gradients a machine and step, the best of RATES that were tried on seeds 1000, 1001
     "1 machine": (spsa, 1, 1, 6), "2 machines": (partial(spsa, machines=2), 2, 1, 6),
     "4 machines": (partial(spsa, machines=4), 4, 1, 6), "4, float32": (partial(spsa, machines=4, byte=False), 4, 4, 6),
     "MeZO": (mezo, 1, 4, 2), "Adam, backpropagation": (adam, 1, 4 * 101_888, 1)}
