@@ -940,7 +940,7 @@ def adam(problem):
         yield
 
 
-ARMS = {  # method, batches and bytes of gradients a machine and step, the best of RATES that were tried on seeds 1000, 1001
+ARMS = {  # method; batches, and bytes of gradients a machine, in a step; the best of RATES tried on seeds 1000, 1001
     "1 machine": (spsa, 1, 1, 6), "2 machines": (partial(spsa, machines=2), 2, 1, 6),
     "4 machines": (partial(spsa, machines=4), 4, 1, 6), "4, float32": (partial(spsa, machines=4, byte=False), 4, 4, 6),
     "MeZO": (mezo, 1, 4, 2), "Adam, backpropagation": (adam, 1, 4 * 101_888, 1)}
