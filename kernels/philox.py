@@ -1,22 +1,23 @@
-"""Random numbers without a state: a block cipher of few rounds turns a counter into four random words, the same on every device.
+"""Random numbers without a state: a block cipher of few rounds turns a counter into four random words, the same on
+every device.
 
-    philox(c0, c1, c2, c3; k0, k1) → x0, x1, x2, x3        ten rounds, k0 += 0x9E3779B9 and k1 += 0xBB67AE85 between them, of
-    c0, c1, c2, c3 ← hi(c2·0xCD9E8D57) ^ c1 ^ k0,  lo(c2·0xCD9E8D57),  hi(c0·0xD2511F53) ^ c3 ^ k1,  lo(c0·0xD2511F53)
+    philox(c0, c1, c2, c3; k0, k1) → x0, x1, x2, x3        ten rounds, k0 += 0x9E3779B9, k1 += 0xBB67AE85 between them:
+    c0, c1, c2, c3 ← hi(c2·0xCD9E8D57) ^ c1 ^ k0, lo(c2·0xCD9E8D57), hi(c0·0xD2511F53) ^ c3 ^ k1, lo(c0·0xD2511F53)
 
-Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011). A sequential generator must be
-asked in order, and torch's CPU and CUDA generators give different numbers for one seed. Here the caller says which number it wants:
-put what identifies it (element, step, machine, sample, token, …) into the counter and the seed into the key. Any element can be had
-alone, again, and elsewhere.
+Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011). A sequential
+generator must be asked in order, and torch's CPU and CUDA generators give different numbers for one seed. Here the
+caller says which number it wants: put what identifies it (call, step, machine, …) into the counter and the seed into
+the key. Any element can be had alone, again, and elsewhere.
 
-What it costs. Twenty 32 × 32 → 64 bit products, forty exclusive ors and eighteen additions for four words: about twenty integer
-instructions a word, and no bytes at all. Numbers made in registers beat numbers read from memory wherever they are used only once.
+What it costs. Twenty 32 × 32 → 64 bit products, forty exclusive ors and eighteen additions for four words: about twenty
+integer instructions a word, and no bytes at all. Numbers made in registers beat numbers read from memory wherever they
+are used only once.
 
-Three distributions of mean 0 and variance 1, from cheap to dear. The first two are integers until their last operation, so they are
-equal to the last bit on every device; the third goes through log, sin and cos, which differ in the last place from device to device.
+Two distributions of mean 0 and variance 1. The first is an integer until its last operation, so it is equal to the last
+bit on every device; the second goes through log, sin and cos, which differ in the last place from device to device.
 
     rademacher    ±1 by one bit: 128 numbers a call                                                          E z⁴ = 1
-    binomial      (popcount − 16)/√8 of a word: 4 numbers a call                                             E z⁴ = 2.9375
-    gaussian      Box-Muller: two words are a radius √(−2 ln u) and an angle; at most 5.77, never infinite    E z⁴ = 3
+    gaussian      Box-Muller: two words are a radius √(−2 ln u) and an angle; at most 5.77, never infinite   E z⁴ = 3
 
 This file holds device functions for other kernels to call, and one kernel that lays their results open for the check.
 
@@ -33,7 +34,8 @@ from kernels import run_as_program
 KNOWN = {  # (counter, key, rounds): words; from the known-answer file of the authors' library Random123
     ((0, 0, 0, 0), 0, 10): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
     ((2**32 - 1,) * 4, 2**64 - 1, 10): (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822, 10): (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822, 10): (
+        0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ((0, 0, 0, 0), 0, 7): (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
 }
 
@@ -53,23 +55,17 @@ def philox(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr = 10):
 
 
 @triton.jit
-def rademacher(word, bit):
-    """+1 where the bit of the uint32 word is 0, −1 where it is 1."""
-    return 1.0 - 2.0 * ((word >> bit) & 1).to(tl.float32)
+def rademacher(word, bit, coef):
+    """coef·z of float32: +coef where this bit of the uint32 word is 0, −coef where it is 1.
 
-
-@triton.jit
-def binomial(word):
-    """(popcount − 16)/√8 of uint32 words: neighbouring bits are added, then pairs, then nibbles, all of them at once."""
-    x = word - ((word >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
-    return (x.to(tl.float32) - 16.0) * 0.3535533905932738
+    subtle: no product and no conversion, the bit goes up to the place of the sign and is xored in."""
+    sign = (word << (31 - bit)) & 0x80000000
+    return (coef.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def gaussian(radius, angle):
-    """Box-Muller of two uint32 words → two independent normals. u = (23 bits + ½)/2²³ is never 0; the angle is 24 bits of a turn."""
+    """Box-Muller of two uint32 words → two independent normals. u = (23 bits + ½)/2²³ is never 0; an angle has 24."""
     u = ((radius >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
     r = tl.sqrt(-2.0 * tl.log(u))
     theta = (angle >> 8).to(tl.float32) * 3.7450702829238413e-07  # 2π·2⁻²⁴
@@ -92,17 +88,19 @@ def words_kernel(counter_ptr, words_ptr, z_ptr, n, ROUNDS: tl.constexpr, BLOCK: 
     tl.store(words_ptr + 4 * i + 1, x1.to(tl.int64), mask=inside)
     tl.store(words_ptr + 4 * i + 2, x2.to(tl.int64), mask=inside)
     tl.store(words_ptr + 4 * i + 3, x3.to(tl.int64), mask=inside)
-    tl.store(z_ptr + 4 * i, rademacher(x0, 0), mask=inside)
-    tl.store(z_ptr + 4 * i + 1, binomial(x0), mask=inside)
+    one = tl.full([BLOCK], 1.0, tl.float32)
+    tl.store(z_ptr + 4 * i, rademacher(x0, tl.zeros([BLOCK], tl.uint32), one), mask=inside)
+    tl.store(z_ptr + 4 * i + 1, rademacher(x3, tl.full([BLOCK], 31, tl.uint32), one), mask=inside)
     tl.store(z_ptr + 4 * i + 2, z0, mask=inside)
     tl.store(z_ptr + 4 * i + 3, z1, mask=inside)
 
 
 def random_words(counters, rounds=10):
-    """counters: (n, 6) int64, each 0 ≤ c < 2³²: c0, c1, c2, c3, k0, k1 → words (n, 4) int64, and (n, 4) float32 made of them:
-    rademacher (bit 0 of x0), binomial (x0), gaussian (x0, x1), both. For checks: other kernels call the device functions."""
+    """counters: (n, 6) int64, each 0 ≤ c < 2³²: c0, c1, c2, c3, k0, k1 → words (n, 4) int64, and (n, 4) float32 made
+    of them: rademacher (bit 0 of x0, bit 31 of x3), gaussian (x0, x1), both. For checks: other kernels call the
+    device functions."""
     if counters.dtype != torch.int64 or counters.dim() != 2 or counters.size(1) != 6 or not counters.is_contiguous():
-        raise ValueError(f"philox: want contiguous int64 counters (n, 6), have {counters.dtype} {tuple(counters.shape)}")
+        raise ValueError(f"philox: want contiguous int64 (n, 6), have {counters.dtype} {tuple(counters.shape)}")
     n = len(counters)
     words = torch.empty(n, 4, dtype=torch.int64, device=counters.device)
     z = torch.empty(n, 4, device=counters.device)
@@ -120,18 +118,20 @@ def check(device):
         assert random_words(row, rounds)[0].tolist() == [list(answer)], (counter, key, rounds)
     print(f"{len(KNOWN)} known answers of Random123")
     counters = torch.randint(2**32, (1001, 6), generator=torch.Generator().manual_seed(0)).to(device)
+    key = int(counters[0, 4]) | int(counters[0, 5]) << 32
+    counters[:, 4:] = counters[0, 4:]
     words, z = random_words(counters)
-    c0, c1, c2, c3, k0, k1 = counters.T
-    plain = torch.stack(spsa_distributed.philox(c0, c1, c2, c3, k0 | k1 << 32), -1)
-    assert torch.equal(words, plain)
-    assert torch.equal(z[:, 0], 1.0 - 2 * (plain[:, 0] & 1)) and torch.equal(z[:, 1], spsa_distributed.binomial(plain[:, 0]))
-    gap = (z[:, 2:] - torch.stack(spsa_distributed.gaussian(plain[:, 0], plain[:, 1]), -1)).abs().max()
+    plain = spsa_distributed.philox(*counters[:, :4].cpu().numpy().astype("u8").T, key)
+    assert words.cpu().numpy().tolist() == plain.tolist()
+    signs = spsa_distributed.rademacher(plain)
+    assert torch.equal(z[:, :2].cpu(), signs[:, [0, 127]])
+    gap = (z[:, 2:].cpu() - spsa_distributed.gaussian(plain)[:, :2]).abs().max()
     assert gap < 2e-6, gap
-    print(f"1001 counters: words, rademacher and binomial equal to the plain version, gaussian within {float(gap):.1e}")
+    print(f"1001 counters: words and rademacher equal to the plain version, gaussian within {float(gap):.1e}")
 
 
 def benchmark():
-    """What one number costs when it is made in registers: rates by perturb's kernel, which does little else for many machines."""
+    """What one number costs when it is made in registers: rates by perturb's kernel, which does little else."""
     from kernels import perturb
 
     perturb.benchmark()
