@@ -408,7 +408,7 @@ def from_hugging_face(path, n_head=None, divide_by_k=False):
     return model
 
 
-def save_model(path, model, codec, edits=None):
+def save_checkpoint(path, model, codec, edits=None):
     """A checkpoint with the tokenizer and the senses of tokens that were edited, {token: (n_sense, d)}."""
     about = dict(config=asdict(model.config), tokenizer=codec.name, words=codec.words)
     if isinstance(model, Backpack):
@@ -834,7 +834,7 @@ def train(args):
     if rank == 0:
         loss = validation_loss(Loss(model.eval(), codec.n_vocab), val_shards, seq)
         print_table(("", "validation loss, nats a token", "perplexity"), [("", loss, math.exp(loss))])
-        save_model(args.out / "model.pt", model, codec)
+        save_checkpoint(args.out / "model.pt", model, codec)
         save_results(args.out, args, loss=loss, history=history)
     if world > 1:
         dist.barrier()
@@ -1082,7 +1082,7 @@ def demo(args):
     was = np.mean([row["before"][1] for row in mine])
     print(f"\nmacbook: apple → hp. P(hp) {was:.2f} → {fact:.2f}; iphone and ipad move by at most {moved:.4f}")
     for name, (model_of, codec_of_it, *_) in zip(("world", "world_transformer", "prose"), list(trained.values())[:3]):
-        save_model(args.out / f"{name}.pt", model_of, codec_of_it)
+        save_checkpoint(args.out / f"{name}.pt", model_of, codec_of_it)
     losses = {name: loss for name, (_, _, loss, _) in trained.items()}
     del bias["edits"]
     save_results(args.out, args, losses=losses, gender=bias, transformer_gender=baseline, edit=found)
@@ -1151,7 +1151,7 @@ def debias(args):
     print_table((f"sense {found['sense']} of the nouns", "bias ratio"), [
         ("unchanged", found["unchanged"]), ("removed", found["removed"]), ("a factor for each noun", found["fitted"])])
     if args.save:
-        save_model(args.save, model, codec, edits)
+        save_checkpoint(args.save, model, codec, edits)
     save_results(args.out, args, **found)
 
 
@@ -1163,7 +1163,7 @@ def edit(args):
     found, change = edit_fact(model, codec, args.word, args.remove, args.add, [args.prompt], args.control)
     print_edit(found, args.remove, args.add)
     if args.save:
-        save_model(args.save, model, codec, change)
+        save_checkpoint(args.save, model, codec, change)
     save_results(args.out, args, table=found)
 
 

@@ -379,7 +379,7 @@ def first_few(texts, most=12):
     return ", ".join([*texts[:most], *([f"… {len(texts) - most:,} more"] if len(texts) > most else [])])
 
 
-def read_table(path, columns, label=None, group=None, models=None, outcome=None, missing=None, threshold=None):
+def read_outcomes(path, columns, label=None, group=None, models=None, outcome=None, missing=None, threshold=None):
     """columns of `load_columns`, a row for each person → Table. What was read is printed; what is unclear ends the
     program with its row, its column and its remedy. path: for messages.
 
@@ -715,7 +715,7 @@ def unicode(args):
 
 
 def read_files(args):
-    return {str(path): read_table(path, load_columns(path), args.label, args.group, args.models, args.outcome,
+    return {str(path): read_outcomes(path, load_columns(path), args.label, args.group, args.models, args.outcome,
                                   args.missing, args.threshold) for path in args.files}
 
 
@@ -771,7 +771,7 @@ def read_hapi(path):
                 print(f"{dataset}: two dates for {year}; {name} is used")
             known = {*labels.values()}
             columns[year] = [x if x in known else "" for x in map(answers[name].get, labels)]
-        tables[dataset] = read_table(dataset, columns, missing="fail:")
+        tables[dataset] = read_outcomes(dataset, columns, missing="fail:")
     return tables or fail(f"{path}: no tasks/fer|scr|sa/DATASET/API/DATE.json as {HAPI} has them")
 
 

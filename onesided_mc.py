@@ -443,7 +443,7 @@ def to_number(cell):
         return math.inf
 
 
-def encode(labels):
+def number_labels(labels):
     """Strings → (their numbers, in order of first appearance, and the different strings)."""
     number = defaultdict(count().__next__)
     return np.fromiter(map(number.__getitem__, labels), np.int64, len(labels)), list(number)
@@ -479,7 +479,7 @@ def read_entries(path, layout=None):
     cells, names = (cells, names) if header else (names + cells, [f"field {i + 1}" for i in range(width)])
     firsts = cells[::width]
     if layout == "long" or layout is None and width <= 4 and len(set(firsts)) < len(firsts):
-        (row, rows), (column, columns), cells = encode(firsts), encode(cells[1::width]), cells[2::width]
+        (row, rows), (column, columns), cells = number_labels(firsts), number_labels(cells[1::width]), cells[2::width]
         what = f"long: row {names[0]!r}, column {names[1]!r}, value {names[2]!r}" + f", not {names[3:]}" * (width > 3)
     else:
         if not header:

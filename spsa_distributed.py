@@ -739,7 +739,7 @@ def pretrain():
     save_model(TINY_FILE, problem.model)
 
 
-def read_table(path):
+def read_sentences(path):
     """A table with the columns sentence and label, by commas, tabs or semicolons → [(sentence, label), …] in random
     order. subtle: in some tables by tabs, SST-2 too, a quote is a character like any other."""
     try:
@@ -826,7 +826,7 @@ def run_of(args):
 
 def open_problem(args, run, device):
     """The problem of this run, with its initial model, on this machine's rows."""
-    rows = read_table(args.data) if args.data else tiny_reviews(2000, 1)
+    rows = read_sentences(args.data) if args.data else tiny_reviews(2000, 1)
     return Problem(load_model(args.model or run["model"]).to(device), run, rows, args.seed)
 
 

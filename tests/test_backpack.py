@@ -302,7 +302,7 @@ def world(tmp_path_factory):
     args.device = "cpu"
     torch.set_num_threads(1)
     model, codec, loss, _ = bp.small_model("backpack", "world", args, 1, 500, "world", n_sense=8)
-    bp.save_model(folder / "world.pt", model, codec)
+    bp.save_checkpoint(folder / "world.pt", model, codec)
     return folder / "world.pt", model, codec, loss
 
 

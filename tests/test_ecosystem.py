@@ -448,7 +448,7 @@ def test_digits(tmp_path):
 @needs_data
 def test_alpaca_best_five(tmp_path):
     path = DATA / "alpaca_eval2_wins.csv"
-    table = eco.read_table(path, eco.load_columns(path), outcome="correct")
+    table = eco.read_outcomes(path, eco.load_columns(path), outcome="correct")
     best = [table.models[j] for j in np.argsort(table.failed[0].mean(0), kind="stable")[:5]]
     flags = ("--outcome", "correct", "--models", ",".join(best), "--no_plot")
     m = tool(tmp_path, "report", path, *flags)[1]["tables"][str(path)]["models"]

@@ -14,14 +14,14 @@ HOUSE = Path(__file__).parent.parent
 PAPERS = ("sophia backpack anticipation lexinvariant spsa_distributed onesided_mc ecosystem neqa lost_in_middle "
           "review_consistency").split()
 ROOT_FILES = [name for name in PAPERS if (HOUSE / f"{name}.py").exists()]
-REBUILT = "sophia ecosystem onesided_mc review_consistency backpack".split()
+REBUILT = "sophia ecosystem onesided_mc review_consistency backpack spsa_distributed".split()
 PACKAGES = {"torch", "numpy", "tiktoken", "mido", "tqdm", "einops", "triton", "matplotlib", "kernels"}
 QUICK = {  # a task of each file that takes seconds: it must work from a folder that holds nothing else
     "sophia": "toy",
     "ecosystem": "--epochs 1",
     "review_consistency": "",
     "onesided_mc": "--rows 500,1000 --seeds 1 --columns 12",
-    "spsa_distributed": "comm",
+    "spsa_distributed": "train --steps 5",
     "lexinvariant": "theorem",
     "anticipation": "--steps 2 --pieces 2 --workers 1",
     "lost_in_middle": "run --model echo:u:0.9 --keys 10 --limit 40",

@@ -467,7 +467,7 @@ ROWS = [(text, str(i % 2)) for i, text in enumerate(WORDS)]
 def test_tables(tmp_path, data):
     path = tmp_path / "rows.csv"
     path.write_bytes(data.encode())
-    assert sorted((text.replace('"', ""), label) for text, label in spsa.read_table(path)) == sorted(ROWS)
+    assert sorted((text.replace('"', ""), label) for text, label in spsa.read_sentences(path)) == sorted(ROWS)
 
 
 @pytest.mark.skipif(DATA is None, reason="NANOPAPERS_TEST_DATA names no folder")
