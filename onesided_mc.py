@@ -47,8 +47,8 @@ Measured (one core of a CPU, torch 2.13; row-space error, 0 to 2r; mean of seeds
 .039, paper, V of 3, which held-out sites choose, .026, likelihood, V of 60, .034. `impossible` (r = 5, k = 2, a million
 rows): error .0014 of 10, and .606 of the variance of unseen entries is missed, with the true V too. Ratings like
 people's, a fifth hidden (tests, `-k ratings -s`): RMSE 1.00 by the film's mean, .950 by biases of film and user, .767
-by 4 components. Two tables without a rank (scikit-learn's, tests, `-k rank -s`), likelihood, paper, pairwise mean: breast
-cancer .044, .299, .069; digits .087, .204, .087.
+by 4 components. Two tables without a rank (scikit-learn's, tests, `-k rank -s`), likelihood, paper, pairwise mean:
+breast cancer .044, .299, .069; digits .087, .204, .087.
 
 What did not hold. "Completing X fails" is true without a good ridge; with the best of five it is ahead of the paper's
 estimator at 12,000 rows (elsewhere within the spread of the seeds). On linked genotypes and endless spectra the paper's
