@@ -15,7 +15,8 @@ import unicodedata
 import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations, islice, product
+from contextlib import suppress
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -124,12 +125,11 @@ def wilson(k, n, z=1.959963984540054):
 
 
 def paired_interval(x, z=1.959963984540054):
-    """95 % interval of the mean of n paired differences between −1 and 1 → (low, high). Bonett and Price's (2012), as
-    if one question more had come out at +1 and one at −1: unlike a bootstrap's it has a width when all n are
-    alike."""
+    """Mean of n paired differences between −1 and 1 → (mean, low, high) at 95 %. Bonett and Price's (2012), as if one
+    question more had come out at +1 and one at −1: unlike a bootstrap's it has a width when all n are alike."""
     n, total = len(x) + 2, float(np.sum(x))
     half = z * math.sqrt(float(np.square(x).sum()) + 2 - total**2 / n) / n
-    return max(-1.0, total / n - half), min(1.0, total / n + half)
+    return total / len(x), max(-1.0, total / n - half), min(1.0, total / n + half)
 
 
 def flat_p(correct, seed=0, draws=2000):
@@ -146,24 +146,18 @@ def summarise(correct, seed=0):
     """A curve's numbers and name. correct: (questions, positions) in 0 to 1 → dict(spread = best − worst, flat_p,
     primacy = first − mean of the middle, recency = last − mean of the middle, each (value, low, high), shape).
 
-    shape: flat where every two positions differ by less than 5 points (95 % intervals, paired), else undecided where
-    flat_p > 0.05, else U, primacy or recency where both ends, the first alone, the last alone stand above the middle,
-    else uneven."""
-    found = dict(spread=float(np.ptp(correct.mean(0))), flat_p=flat_p(correct, seed))
-    for name, end in dict(primacy=0, recency=-1).items():
-        gain = correct[:, end] - correct[:, 1:-1].mean(1)
-        found[name] = (float(gain.mean()), *paired_interval(gain))
-    pairs = [paired_interval(a - b) for a, b in combinations(correct.T, 2)]
-    above = [name for name in ("primacy", "recency") if found[name][1] > 0]
-    if all(-0.05 < low and high < 0.05 for low, high in pairs):
-        return dict(found, shape="flat")
-    if found["flat_p"] > 0.05:
-        return dict(found, shape="undecided")
-    return dict(found, shape="U" if len(above) == 2 else above[0] if above else "uneven")
+    shape: undecided where flat_p > 0.05 (no data show that a curve is flat), else U, primacy or recency where both
+    ends, the first alone, the last alone stand above the middle, else uneven."""
+    found, middle = dict(spread=float(np.ptp(correct.mean(0))), flat_p=flat_p(correct, seed)), correct[:, 1:-1].mean(1)
+    found |= dict(primacy=paired_interval(correct[:, 0] - middle), recency=paired_interval(correct[:, -1] - middle))
+    above = [end for end in ("primacy", "recency") if found[end][1] > 0]
+    shape = "U" if len(above) == 2 else above[0] if above else "uneven"
+    return dict(found, shape=shape if found["flat_p"] <= 0.05 else "undecided")
 
-# ==================================================================================== the model: readers of the laboratory
+# ==================================================================================== the model: readers of the lab
 
 N_KEYS, N_VALUES = 64, 32  # symbols; chance is 1/32, guessing among the values present about 1/N
+WIDTH, N_HEADS = 64, 4
 
 
 def rotary(position):
@@ -185,18 +179,18 @@ class Reader(nn.Module):
     plateau before retrieval is found. window: tokens that a token sees, itself included. query_first: the query stands
     in front as well (then M must be 1, since the pairs see it)."""
 
-    def __init__(self, layers, pos, smear, window=None, query_first=False, width=64, heads=4):
+    def __init__(self, layers, pos, smear, window=None, query_first=False):
         super().__init__()
-        self.pos, self.smear, self.window, self.query_first, self.heads = pos, smear, window, query_first, heads
-        self.embed = nn.Embedding(N_KEYS + N_VALUES, width)
-        self.is_query = nn.Parameter(torch.zeros(width))
-        self.place = nn.Embedding(100, width) if pos == "learned" else None
+        self.pos, self.smear, self.window, self.query_first = pos, smear, window, query_first
+        self.embed = nn.Embedding(N_KEYS + N_VALUES, WIDTH)
+        self.is_query = nn.Parameter(torch.zeros(WIDTH))
+        self.place = nn.Embedding(100, WIDTH) if pos == "learned" else None
         self.blocks = nn.ModuleList(nn.ModuleDict(dict(
-            norm1=nn.LayerNorm(width), qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width),
-            norm2=nn.LayerNorm(width),
-            mlp=nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)),
+            norm1=nn.LayerNorm(WIDTH), qkv=nn.Linear(WIDTH, 3 * WIDTH), proj=nn.Linear(WIDTH, WIDTH),
+            norm2=nn.LayerNorm(WIDTH),
+            mlp=nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)),
         )) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, N_VALUES)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, N_VALUES)
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 nn.init.normal_(p, std=0.05)
@@ -211,7 +205,7 @@ class Reader(nn.Module):
         see.fill_diagonal_(True)  # … but itself
         if self.window:
             see = see & (distance < self.window)
-        slopes = 2.0 ** (-8 * torch.arange(1, self.heads + 1) / self.heads) * (self.pos == "alibi")
+        slopes = 2.0 ** (-8 * torch.arange(1, N_HEADS + 1) / N_HEADS) * (self.pos == "alibi")
         return (-slopes[:, None, None] * distance).masked_fill(~see, -math.inf)
 
     def forward(self, keys, values, queries):
@@ -220,13 +214,13 @@ class Reader(nn.Module):
         key, value = self.embed(keys), self.embed(N_KEYS + values)
         x = rearrange([key, value + key if self.smear else value], "two b n d -> b (n two) d")
         query = self.embed(queries) + self.is_query
-        x = torch.cat([query, x, query] if self.query_first else [x, query], 1)  # (batch, seq, width)
+        x = torch.cat([query, x, query] if self.query_first else [x, query], 1)  # (batch, seq, WIDTH)
         n_context = x.shape[1] - queries.shape[1]
         position = torch.arange(x.shape[1]).clamp(max=n_context)
         x = x + self.place(position) if self.place else x
         bias, turn = self.bias(position, queries.shape[1]), rotary(position) if self.pos == "rope" else lambda t: t
         for block in self.blocks:
-            q, k, v = rearrange(block.qkv(block.norm1(x)), "b t (three h c) -> three b h t c", three=3, h=self.heads)
+            q, k, v = rearrange(block.qkv(block.norm1(x)), "b t (three h c) -> three b h t c", three=3, h=N_HEADS)
             seen = F.scaled_dot_product_attention(turn(q), turn(k), v, attn_mask=bias)
             x = x + block.proj(rearrange(seen, "b h t c -> b t (h c)"))
             x = x + block.mlp(block.norm2(x))
@@ -344,7 +338,7 @@ def figure(path, args, draw, size=(7, 4.5)):
     plt.close(fig)
     print(path)
 
-# ==================================================================================== the same in every file that asks a server
+# ==================================================================================== the same where a server is asked
 
 OVERFLOW = re.compile(r"(?i)context.{0,40}(length|window|size)|too long|reduce the length|length is \d+ while limit|"
                       r"exceed.{0,60}(token|length|limit|context)|max_new_tokens.{0,20}must be")  # as vendors word it
@@ -416,17 +410,6 @@ def failed(answer):
     return not answer.get("missing", "overflow").startswith("overflow")
 
 
-def read_answers(path):
-    """{key: answer} of every whole line of an answers.jsonl; a line that a killed run left torn is not counted."""
-    known = {}
-    for line in path.read_text("utf-8").split("\n") if path.exists() else ():
-        try:
-            known |= {json.loads(line)["key"]: json.loads(line)} if line else {}
-        except (ValueError, KeyError, TypeError):
-            print(f"{path}: a torn line is left out", file=sys.stderr)
-    return known
-
-
 def ask(args, groups, **more):
     """→ an answer (see `call`) for each prompt, nested as groups is: lists of prompts. The prompts of a group are asked
     one after another, so that a server which keeps what it has read reads a shared beginning once.
@@ -438,7 +421,10 @@ def ask(args, groups, **more):
     about = [args.base_url, args.api, args.model, args.max_tokens, args.extra, more]
     name = lambda prompt: hashlib.sha256(json.dumps([*about, prompt]).encode()).hexdigest()
     path, prompts = args.out / "answers.jsonl", [prompt for group in groups for prompt in group]
-    known, lock, stopped, in_a_row = read_answers(path), threading.Lock(), threading.Event(), 0
+    known, lock, stopped, in_a_row = {}, threading.Lock(), threading.Event(), 0
+    for line in path.read_text("utf-8").split("\n") if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):  # a line that a killed run left torn
+            known[json.loads(line)["key"]] = json.loads(line)
     todo = [prompt for prompt in dict.fromkeys(prompts) if name(prompt) not in known]
     if args.dry_run:
         tokens = [sum(len(prompt.encode()) for prompt in todo) / 4, len(todo) * args.max_tokens]
@@ -457,17 +443,17 @@ def ask(args, groups, **more):
                 bar.update()
         return known.get(name(prompt), dict(missing="stopped"))
 
-    pool, http, once = ThreadPoolExecutor(args.concurrency), session(args.concurrency, 5, 60), session(1, 2, 5)
+    pool, http = ThreadPoolExecutor(args.concurrency), session(args.concurrency, 5, 60)
     with open(path, "a", encoding="utf-8") as file, tqdm(desc=args.model, disable=args.quiet or not todo) as bar:
         bar.total, size, longest = len(todo), path.stat().st_size, max(prompts, key=len)
         try:
-            first = answer(longest, once)  # alone: a wrong address, key or model would fail every call
+            first = answer(longest, session(1, 2, 5))  # alone: a wrong address, key or model would fail every call
             if failed(first):
                 fail(f"{args.model} at {args.base_url} (--api {args.api}, key from ${args.api_key_env}): "
                      f"{first['missing']}")
             if todo and len(longest) > 4000 and "text" in first:
                 pieces = [longest, longest[: len(longest) // 2], longest[len(longest) // 2 :], "Hi"]
-                reads = [answer(piece, once).get("read") for piece in pieces]
+                reads = [answer(piece, http).get("read") for piece in pieces]
                 if None in reads:
                     print("whether the server cuts long prompts cannot be seen: it does not say usage.prompt_tokens",
                           file=sys.stderr)
@@ -489,35 +475,21 @@ def ask(args, groups, **more):
 ORIGIN = "https://raw.githubusercontent.com/nelson-liu/lost-in-the-middle/main/"
 RETRIEVED = ("https://nlp.stanford.edu/data/nfliu/lost-in-the-middle/"
              "nq-open-contriever-msmarco-retrieved-documents.jsonl.gz")
-FACTS = """
-{s} (town)|who founded the town of {s}|{s} is a market town on a slow brown river. It was founded by {a}, a cloth trader, \
-who bought the ford and built the first mill. Much of the old wall still stands, and a fair is held below it.
-{s} (island)|what is the largest settlement on the island of {s}|{s} is an island that a weekly ferry reaches. Its largest \
-settlement is {a}, built around a natural harbour. Sheep outnumber people, and most of the interior is wet moor.
-{s} (composer)|which opera made the composer {s} famous|{s} was a composer who began as a church organist. The opera {a} \
-made the composer famous within one season and was played in forty theatres. The later quartets are seldom heard.
-{s} (alloy)|which metal hardens the alloy {s}|{s} is a pale grey alloy that is used for springs and small gears. It is \
-hardened by a trace of the metal {a}, which is added to the melt shortly before casting. It is hard to weld.
-{s} (ship)|who was the first captain of the ship {s}|The {s} was a three-masted survey ship with an iron hull. The first \
-captain of the ship was {a}, who commanded her for nine years. She charted reefs until she was sold as a coal hulk.
-{s} (beetle)|on which plant does the beetle {s} feed|The {s} is a small green beetle of dry uplands. Its larvae and adults \
-feed on the plant {a} and on nothing else, so that both are found together. It flies on warm evenings in early summer.
-"""  # title | question | passage of the built-in set; every name is invented, so that nobody knows an answer by heart
-HEADS = "Ard Bov Cem Dul Eskr Fenn Gorv Hask Ilm Jorr Keld Lumb Morv Nask Orl Pesk Quill Rund Solv Tarn".split()
-TAILS = "adran elith omund upell astor ivenn".split()
+FACT = ("{s} is a market town on a slow brown river. It was founded by {a}, a cloth trader, who bought the ford and "
+        "built the first mill. Much of the old wall still stands, and a fair is held below it.")
+STARTS = "Ard Bov Cem Dul Eskr Fenn Gorv Hask Ilm Jorr Keld Lumb Morv Nask Orl Pesk Quill Rund Solv Tarn".split()
+ENDS = "adran elith omund upell astor ivenn".split()
 
 
 def builtin_facts():
-    """60 rows as those of load_questions: the documents of the same kind stand first."""
-    facts = [line.split("|") for line in FACTS.strip().split("\n")]
-    names = [head + tail for tail in TAILS for head in HEADS]  # 120, none part of another
+    """60 rows as those of load_questions, with 20 documents each, of which one answers. Every name is invented."""
+    names = [head + tail for tail in ENDS for head in STARTS]  # 120, none part of another
+    docs = [dict(title=s, text=FACT.format(s=s, a=a), answer=a) for s, a in zip(names[:60], names[60:])]
     rows = []
-    for i, (s, a) in enumerate(zip(names[:60], names[60:])):
-        title, question, passage = (text.format(s=s, a=a) for text in facts[i % 6])
-        rows.append(dict(query=question, answers=[a], gold=dict(title=title, text=passage, answer=a)))
-    for i, row in enumerate(rows):
-        row["docs"] = [rows[j]["gold"] for j in sorted(range(60), key=lambda j: j % 6 != i % 6)]
-        row["holds"] = [doc is row["gold"] for doc in row["docs"]]
+    for i, gold in enumerate(docs):
+        near = random.Random(i).sample(docs[i - i % 20 :][:20], 20)
+        rows.append(dict(query=f"who founded the town of {gold['title']}", answers=[gold["answer"]], docs=near,
+                         holds=[doc is gold for doc in near]))
     return rows
 
 
@@ -578,7 +550,7 @@ def load_qa(args, total):
         others = list(islice(others, total - 1))
         if len(golds) != 1 or len(others) < total - 1:
             fail(f"{args.data}: {row['query']!r} has {len(golds)} gold documents (isgold, or the one that holds the "
-                 f"answer) and {len(others)} others; needed are 1 and {total - 1} (--items {total}, --distractors random)")
+                 f"answer) and {len(others)} others; needed: 1 and {total - 1} (--items {total}; --distractors random)")
         if args.order == "random":
             rng.shuffle(others)
         examples.append(dict(query=row["query"], answers=row["answers"], gold=golds[0], others=others))
@@ -612,7 +584,7 @@ def load_kv(args, total):
         except (KeyError, TypeError, ValueError):
             fail(f"{where} needs ordered_kv_records, a list of [key, value], and key, one of them")
         if not total <= len(others) + 1 == len(row["ordered_kv_records"]):
-            fail(f"{where} has {len(others) + 1} different keys: --items {total} asks for more, or one stands there twice")
+            fail(f"{where} has {len(others) + 1} different keys: --items {total} asks for more, or one is there twice")
         examples.append(dict(query=gold[0], answers=[gold[1]], gold=gold, others=list(others.items())[: total - 1]))
     return examples
 
@@ -645,9 +617,8 @@ controls 1 gpt-3.5-turbo 56.1 88.3
 controls 1 gpt-3.5-turbo-16k 56.0 88.6
 controls 1 claude-1.3 48.3 76.1
 controls 1 claude-1.3-100k 48.2 76.4
-"""  # accuracy in %, tables of appendix G at PAPER_STEP's positions (llama-2 and kv: the authors' repository); controls,
-# table 1: closed-book and oracle
-PAPER_STEP = {10: 5, 20: 5, 30: 5, 75: 25, 140: 35, 300: 50}  # documents or pairs: the gold at 0, step − 1, 2·step − 1, …
+"""  # accuracy in %, appendix G (llama-2 and kv: the authors' repository); controls, table 1: closed-book and oracle
+PAPER_STEP = {10: 5, 20: 5, 30: 5, 75: 25, 140: 35, 300: 50}  # of so many items the gold is 0, step − 1, 2·step − 1, …
 
 
 def paper_curve(setting, total, model):
@@ -657,10 +628,9 @@ def paper_curve(setting, total, model):
 
 
 def choose_positions(positions, total):
-    """Where the gold stands, from 0: positions, or the paper's for so many items, or five from first to last."""
-    step = PAPER_STEP.get(total)
-    paper = [0, *range(step - 1, total, step)] if step else [round(i * (total - 1) / 4) for i in range(5)]
-    chosen = sorted({*(positions or paper)})
+    """Where the gold stands, from 0: positions, or the paper's for so many items, or five or more from end to end."""
+    step = PAPER_STEP.get(total, max(1, total // 4))
+    chosen = sorted({*(positions or (0, *range(step - 1, total, step), total - 1))})
     if len(chosen) < 3 or not 0 <= chosen[0] <= chosen[-1] < total:
         fail(f"--positions: at least three of 0 to {total - 1}, and --items no fewer")
     return chosen
@@ -681,7 +651,7 @@ def prompts_of(args, example, positions):
     return prompts
 
 
-def ask_all(args, examples, prompts):
+def ask_all(args, examples, prompts, metric):
     """Asks each example its prompts ({column: prompt}) → (kept examples, {column: texts}, {column: correct (n,)}).
 
     An example that misses one answer (prompt too long, call failed) is left out whole: all columns are of the same
@@ -691,12 +661,13 @@ def ask_all(args, examples, prompts):
     missing = [answer["missing"] for found in answers for answer in found if "missing" in answer]
     kept = [(e, found) for e, found in zip(examples, answers) if all("text" in answer for answer in found)]
     if missing:
-        print(f"{len(examples) - len(kept)} of {len(examples)} examples are left out everywhere (what failed is asked "
-              f"again by the next run), the first by {missing[0]}", file=sys.stderr)
+        print(f"{len(examples) - len(kept)} of {len(examples)} examples are left out everywhere, the first by "
+              f"{missing[0]} (the next run asks what failed again; what overflowed, without {args.out}/answers.jsonl)",
+              file=sys.stderr)
     if not kept:
         fail("no example was answered throughout: fewer --items fit a short window")
     texts = [[answer["text"].strip() for answer in found] for _, found in kept]
-    correct = np.array([[score_answer(args.metric, text, e["answers"]) for text in said]
+    correct = np.array([[score_answer(metric, text, e["answers"]) for text in said]
                         for (e, _), said in zip(kept, texts)])
     unread = sum(not text or answer["finish"] == "length" and "\n" not in text and not right
                  for (_, found), *columns in zip(kept, texts, correct) for answer, text, right in zip(found, *columns))
@@ -714,17 +685,14 @@ def percent(x, low=None, high=None):
     return f"{100 * x:.1f}" if low is None else f"{100 * x:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def with_interval(correct):
-    """Accuracies of columns (n, columns) in %, and what their Wilson intervals reach below and above (2, columns)."""
-    accuracy, span = 100 * correct.mean(0), 100 * np.array([wilson(k, len(correct)) for k in correct.sum(0)])
-    return accuracy, abs(span.T - accuracy)
-
-
 def print_curve(positions, correct, columns):
-    """Accuracy and its interval at each position, beside further columns. correct: (n, positions)."""
-    accuracy, (below, above) = with_interval(correct)
-    spans = [f"{a:.1f} [{a - low:.1f}, {a + high:.1f}]" for a, low, high in zip(accuracy, below, above)]
-    print_table(("gold at", "accuracy, % [95 %]", *columns), list(zip(positions, spans, *columns.values())))
+    """Accuracy and its interval at each position, beside further columns → what draw_panels draws. correct: (n,
+    positions)."""
+    spans = np.array([(k / len(correct), *wilson(k, len(correct))) for k in correct.sum(0)])
+    text = [percent(*span) for span in spans]
+    print_table(("gold at", "accuracy, % [95 %]", *columns), list(zip(positions, text, *columns.values())))
+    accuracy, low, high = 100 * spans.T
+    return positions, accuracy, (accuracy - low, high - accuracy)
 
 
 def draw_panels(fig, panels, xlabel):
@@ -744,32 +712,32 @@ def positions(args):
     if args.query_aware and args.order == "random" or kv and args.controls:
         fail("--query_aware with --order random has no prompt in the paper, and pairs have no --controls")
     if args.compare_paper and len(overlay) != len(places):
-        fail(f"--compare_paper {args.compare_paper}: the paper has no such curve of {args.setting}, {total} items: {PAPER}")
-    if args.data == "paper" and total not in PAPER_STEP:
-        fail(f"--items {total}: the authors' files have 10, 20 or 30 documents, 75, 140 or 300 pairs")
-    args.metric = args.metric or ("kv" if kv else "subspan")
+        fail(f"--compare_paper {args.compare_paper}: the paper has no such curve of {args.setting}, {total} items")
     examples = (load_kv if kv else load_qa)(args, total)
-    examples, texts, correct = ask_all(args, examples, [prompts_of(args, example, places) for example in examples])
+    examples, texts, correct = ask_all(args, examples, [prompts_of(args, e, places) for e in examples],
+                                       "kv" if kv else args.metric)
     curve, columns = np.stack([correct[g] for g in places], 1), {}
     if kv or args.data == "builtin":  # each item has a value by which an answer names it
         answered = []
         for example, g in product(range(len(examples)), places):
             others, gold = examples[example]["others"], examples[example]["gold"]
             values = [item[1] if kv else item["answer"] for item in place(others, gold, g)]
-            answered.append((g, answered_index(texts[g][example], values, [key for key, _ in others] if kv else ())))
+            keys = [key for key, _ in others] if kv else ()
+            answered.append((g, answered_index(texts[g][example], values, keys)))
         matrix = answer_matrix(answered, places, total)
         columns = {"beyond habit, %": map(percent, beyond_habit(matrix, places)), "said none": matrix[:, -1]}
         columns |= {f"said {g}": matrix[:, g] for g in places}
-    print_curve(places, curve, columns)
+    curves = {f"{args.model}, n = {len(curve)}": print_curve(places, curve, columns)}
     found = summarise(curve, args.seed)
-    print(f"shape: {found['shape']}. In points: spread {percent(found['spread'])} (p {found['flat_p']:.4f} if position did "
-          f"not matter), primacy {percent(*found['primacy'])}, recency {percent(*found['recency'])}")
-    curves = {f"{args.model}, n = {len(curve)}": (places, *with_interval(curve))}
+    print(f"shape: {found['shape']}. In points: spread {percent(found['spread'])} (p {found['flat_p']:.4f} if position "
+          f"did not matter), primacy {percent(*found['primacy'])}, recency {percent(*found['recency'])}")
     if overlay:
         curves[f"paper: {args.compare_paper}"] = places, overlay
     for control in ("closed-book", "oracle") if args.controls else ():
         print(f"{control}: {percent(correct[control].mean())} %, on the same questions")
         curves[control] = places, [100 * correct[control].mean()] * len(places)
+    if args.controls and (paper := paper_curve("controls", 1, args.compare_paper)):
+        print("the paper's closed-book and oracle, %:", *paper)
     xlabel = f"index of the gold item, 0 to {total - 1}"
     figure(args.out / "curve.png", args, lambda fig: draw_panels(fig, {args.setting: curves}, xlabel))
     save_results(args.out, args, setting=[args.setting, total, args.metric, places], correct=curve, curves=curves,
@@ -777,36 +745,32 @@ def positions(args):
 
 
 def report(args):
-    """Runs again, asking nobody: their curves, and each against the first on the examples that both have."""
-    curves, first = {}, None
-    for folder in args.runs:
-        run = json.loads(Path(folder, "results.json").read_text("utf-8"))
-        correct = {example: right for example, right in zip(run["examples"], np.array(run["correct"]))}
-        places, first = run["setting"][-1], first or (run["setting"], correct)
-        print(folder, run["setting"], "shape:", run["shape"])
-        print_curve(places, np.array(run["correct"]), {})
-        curves[folder] = places, *with_interval(np.array(run["correct"]))
-        gains = np.array([correct[example] - first[1][example] for example in correct if example in first[1]])
-        if run["setting"] != first[0] or not len(gains):
-            fail(f"{folder} and {args.runs[0]} did not ask the same examples in the same way: {run['setting']}, {first[0]}")
-        if folder != args.runs[0]:
-            print(f"less {args.runs[0]}, in points, on the {len(gains)} examples of both: " + "; ".join(
-                f"at {p} {percent(x.mean(), *paired_interval(x))}" for p, x in zip(places, gains.T)))
+    """Two runs beside each other, on the examples that both have (a seed, a number of pairs makes other ones)."""
+    runs = [json.loads(Path(folder, "results.json").read_text("utf-8")) for folder in args.runs]
+    right = [dict(zip(run["examples"], run["correct"])) for run in runs]
+    shared = [example for example in right[0] if example in right[1]]
+    if not shared or runs[0]["setting"] != runs[1]["setting"]:
+        fail(f"they did not ask the same examples in the same way: {runs[0]['setting']}, {runs[1]['setting']}")
+    first, second = (np.array([answers[example] for example in shared]) for answers in right)
+    gains = [percent(*paired_interval(x)) for x in (second - first).T]
+    print(f"{len(shared)} examples: {args.runs[0]}, then {args.runs[1]} and what it has more, in points")
+    curves = {args.runs[0]: print_curve(runs[0]["setting"][-1], first, {}),
+              args.runs[1]: print_curve(runs[0]["setting"][-1], second, {"more [95 %]": gains})}
     figure(args.out / "curves.png", args, lambda fig: draw_panels(fig, {"runs": curves}, "index of the gold item"))
 
 
 def odqa(args):
     """Section 5: as more documents are retrieved, does the reader gain what the retriever finds?"""
     rows, counts = load_questions(args, RETRIEVED)[: args.limit], sorted(args.k)
-    if counts[0] < 1 or min(len(row["docs"]) for row in rows) < counts[-1]:
+    if min(len(row["docs"]) for row in rows) < counts[-1]:
         fail(f"--k: numbers of documents, no more than every question has in --data {args.data}")
     prompts = [{k: qa_prompt(row["query"], row["docs"][:k]) for k in counts} for row in rows]
-    rows, _, correct = ask_all(args, rows, prompts)
+    rows, _, correct = ask_all(args, rows, prompts, args.metric)
     curve = np.stack([correct[k] for k in counts], 1)
     recall = np.mean([[any(row["holds"][:k]) for k in counts] for row in rows], 0)
-    gains = ["", *(percent(x.mean(), *paired_interval(x)) for x in np.diff(curve).T)]
-    print_curve(counts, curve, {"gain [95 %]": gains, "recall, %": map(percent, recall)})
-    curves = {args.model: (counts, *with_interval(curve)), "retriever: recall": (counts, 100 * recall)}
+    gains = ["", *(percent(*paired_interval(x)) for x in np.diff(curve).T)]
+    reader = print_curve(counts, curve, {"gain [95 %]": gains, "recall, %": map(percent, recall)})
+    curves = {args.model: reader, "retriever: recall": (counts, 100 * recall)}
     figure(args.out / "odqa.png", args, lambda fig: draw_panels(fig, {"odqa": curves}, "documents"))
     save_results(args.out, args, k=counts, recall=recall, correct=curve)
 
@@ -832,9 +796,9 @@ def lab(args):
         found, panels[name] = [train(seed, **job) for seed in seeds], {}
         for step in found[0]:
             accuracy = 100 * np.array([one[step] for one in found])  # (seeds, pairs)
-            mean, low, high = accuracy.mean(0), accuracy.min(0), accuracy.max(0)
-            rows.append((name, step, *(f"{a:.0f}" for a in (mean[0], mean[1:-1].min(), mean[-1]))))
-            panels[name][f"step {step}"] = range(len(mean)), mean, (mean - low, high - mean)
+            mean = accuracy.mean(0)
+            rows.append((name, step, *map("{:.0f}".format, (mean[0], mean[1:-1].min(), mean[-1]))))
+            panels[name][f"step {step}"] = range(len(mean)), mean, (mean - accuracy.min(0), accuracy.max(0) - mean)
     print_table(("accuracy, %", "step", "first", "lowest middle", "last"), rows)
     xlabel = "which pair is asked for (bars: lowest and highest seed)"
     figure(args.out / "lab.png", args, lambda fig: draw_panels(fig, panels, xlabel), (14, 7))
@@ -849,20 +813,21 @@ def parse_args(argv=None):
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     flags = server_flags(100) | {
         "setting": dict(choices=("kv", "qa"), default="kv", help="key-value pairs, or documents and a question"),
-        "data": dict(default="builtin", help="builtin (made here), paper (the authors' files, a download), or a file: in "
+        "data": dict(default="builtin", help="builtin (made here), paper (the authors' files, a download), or a file: "
                      "the authors' format, or rows of question, documents, answer (JSON lines or a list, .gz too)"),
         "items": dict(type=int, help="documents (10; the paper's 10, 20, 30) or pairs (75; the paper's 75, 140, 300)"),
         "key_style": dict(choices=("uuid", "short"), default="uuid", help="pairs made here: the paper's UUIDs, or 4 "
                           "digits, better below a billion weights"),
-        "positions": dict(type=int, nargs="+", help="of the gold item, from 0 (the paper's, else five from end to end)"),
-        "limit": dict(type=int, help="the first so many examples (pairs made here: 500, the paper's)"),
+        "positions": dict(type=int, nargs="+", help="of the gold item, from 0 (the paper's, else five or more)"),
+        "limit": dict(type=int, help="the first so many examples (pairs made here: 500, as the paper)"),
         "query_aware": dict(action="store_true", help="the query also in front (section 4.2)"),
         "order": dict(choices=("ranked", "random"), default="ranked", help="qa: of the other documents; random: the "
                       "prompt says so (appendix C)"),
         "distractors": dict(choices=("retrieved", "random"), default="retrieved", help="qa: near misses, or other "
                             "questions' documents (appendix B)"),
         "controls": dict(action="store_true", help="qa: also without documents, and with the gold one alone"),
-        "metric": dict(choices=("subspan", "word", "kv"), help="kv for pairs, else subspan: the paper's"),
+        "metric": dict(choices=("subspan", "word"), default="subspan", help="qa: the paper's, or at word boundaries"),
+        "runs": dict(nargs=2, metavar="RUN", help="a folder that run wrote"),
         "compare_paper": dict(metavar="MODEL", help="overlay the paper's curve, as gpt-3.5-turbo or mpt-30b-instruct"),
         "k": dict(type=int, nargs="+", default=[1, 2, 5, 10, 20], help="numbers of documents (the paper's 5 to 50)"),
         "seeds": dict(type=int, default=2, help="readers of each kind, from --seed on"),
@@ -873,22 +838,19 @@ def parse_args(argv=None):
         "quiet": dict(action="store_true", help="no progress bar"),
     }
 
-    def task(name, function, names, **defaults):
-        sub = tasks.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__,
-                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    asking, shown = " ".join(server_flags(100)), "out no_plot quiet"
+    for name, function, names in (
+        ("lab", lab, f"seeds steps seed {shown}"),
+        ("run", positions, f"{asking} setting data items key_style positions limit query_aware order distractors "
+                           f"controls metric compare_paper seed {shown}"),
+        ("odqa", odqa, f"{asking} data k limit metric {shown}"),
+        ("report", report, f"runs {shown}"),
+    ):
+        sub = tasks.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.error = fail
         for flag in names.split():
-            sub.add_argument(f"--{flag}", **flags[flag])
-        sub.set_defaults(task=function, **defaults)
-        return sub
-
-    asking = " ".join(server_flags(100))
-    task("lab", lab, "seeds steps seed out no_plot quiet")
-    task("run", positions, f"{asking} setting data items key_style positions limit query_aware order distractors "
-               "controls metric compare_paper seed out no_plot quiet")
-    task("odqa", odqa, f"{asking} data k limit out no_plot quiet", metric="subspan")
-    task("report", report, "out no_plot quiet").add_argument(
-        "runs", nargs="+", metavar="RUN", help="folders that run wrote")
+            sub.add_argument(flag if flag == "runs" else f"--{flag}", **flags[flag])
+        sub.set_defaults(task=function)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv if argv and (argv[0] in ("-h", "--help") or argv[0][0] != "-") else ["lab", *argv])
     words = [args.task.__name__, *(getattr(args, name, "") for name in ("setting", "model"))]

@@ -1,10 +1,9 @@
-"""lost_in_middle.py: prompts to the byte, metrics, statistics, readers; what servers do; own data; a user's mistakes."""
+"""lost_in_middle.py: prompts to the byte, metrics, statistics, readers; what servers do; data; a user's mistakes."""
 
 import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import signal
@@ -48,11 +47,8 @@ def test_moving_the_gold():
     for g in range(7):
         placed = lim.place(list("abcdef"), "G", g)
         assert placed.index("G") == g and "".join(placed).replace("G", "") == "abcdef"
-    for g in (-1, 7):
-        with pytest.raises(ValueError, match="0 to 6"):
-            lim.place(list("abcdef"), "G", g)
-    with pytest.raises(ValueError, match="query-aware"):
-        lim.qa_prompt("q", DOCS, query_aware=True, mention_random_order=True)
+    with pytest.raises(ValueError, match="0 to 6"):
+        lim.place(list("abcdef"), "G", 7)
 
 
 @pytest.mark.parametrize("metric, said, answers, expected", [
@@ -85,35 +81,30 @@ def test_normalise_as_the_authors():
 
 def test_which_item_was_answered():
     assert lim.answered_index('it is "B2", not A1', ["a1", "b2"]) == 1 and lim.answered_index("none", ["a1"]) == -1
-    assert lim.answered_index("abc", ["ab", "abc"]) == 1  # at the same place the longer one
     copied = '{"k1": "v1",\n "k2": "v2"}'  # the data, and no answer; a new paragraph is another matter
     assert lim.answered_index(copied, ["v1", "v2"], ["k2"]) == -1
     assert lim.answered_index('v1\n\nKey: "k2"', ["v1", "v2"], ["k2"]) == 0
-    pairs = [(0, 0), (0, -1), (2, 0), (2, 2), (2, 1)]
-    matrix = lim.answer_matrix(pairs, [0, 2], 3)
+    matrix = lim.answer_matrix([(0, 0), (0, -1), (2, 0), (2, 2), (2, 1)], [0, 2], 3)
     assert matrix.tolist() == [[1, 0, 0, 1], [1, 1, 1, 0]]
-    assert lim.beyond_habit(matrix, [0, 2]) == pytest.approx([1 / 2 - 1 / 3, 1 / 3 - 0])
-    always_first = lim.answer_matrix([(g, 0) for g in range(3)], [0, 1, 2], 3)
-    assert lim.beyond_habit(always_first, [0, 1, 2]).tolist() == [0, 0, 0]
+    assert lim.beyond_habit(matrix, [0, 2]) == pytest.approx([1 / 2 - 1 / 3, 1 / 3])
 
 
 def test_intervals_cover():
     """Also where nearly all differences are 0, and where a percentile bootstrap has no width."""
     assert lim.wilson(0, 10) == pytest.approx((0, 0.27753), abs=1e-5)
     rng = np.random.default_rng(0)
-    for n, p in ((20, (0.1, 0.1)), (60, (0.02, 0.02)), (100, (0.3, 0.1)), (40, (0.5, 0.5)), (200, (0.01, 0.0))):
+    for n, p in ((20, (0.1, 0.1)), (60, (0.02, 0.02)), (100, (0.3, 0.1)), (40, (0.5, 0.5)), (200, (0.01, 0))):
         x = rng.choice([1, -1, 0], (2000, n), p=[*p, 1 - sum(p)])
-        low, high = np.transpose([lim.paired_interval(row) for row in x])
+        _, low, high = np.transpose([lim.paired_interval(row) for row in x])
         assert ((low <= p[0] - p[1]) & (p[0] - p[1] <= high)).mean() >= 0.935, (n, p)
-    assert lim.paired_interval(np.zeros(4))[1] > 0.3
+    assert lim.paired_interval(np.zeros(4))[2] > 0.3
 
 
 def test_flat_p():
     correct = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 0, 1]], float)
     spreads = [np.ptp(np.mean(rows, 0)) for rows in itertools.product(*map(list, map(itertools.permutations, correct)))]
     exact = np.mean(np.array(spreads) >= np.ptp(correct.mean(0)) - 1e-9)
-    assert lim.flat_p(correct, draws=8000) == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 8000))
-    assert lim.flat_p(np.zeros((5, 3))) == 1
+    assert lim.flat_p(correct, draws=8000) == pytest.approx(exact, abs=0.02) and lim.flat_p(np.zeros((5, 3))) == 1
 
 
 @pytest.mark.parametrize("positions", [5, 10])
@@ -124,31 +115,25 @@ def test_flat_models_get_no_shape(positions, monkeypatch):
     monkeypatch.setattr(lim, "flat_p", lambda correct, seed: flat_p(correct, seed, draws=99))
     for _ in range(150):
         found = lim.summarise((rng.random((100, positions)) < 0.6).astype(float))
-        named += found["shape"] not in ("flat", "undecided")
-    assert named <= 150 * 0.05 + 3 * math.sqrt(150 * 0.05 * 0.95)
+        named += found["shape"] != "undecided"
+    assert named <= 15  # of 150; 7.5 are expected
 
 
 @pytest.mark.parametrize("accuracy, n, expected", [
     ((0.9, 0.5, 0.5, 0.9), 500, "U"), ((0.9, 0.5, 0.5, 0.5), 500, "primacy"), ((0.5, 0.5, 0.5, 0.9), 500, "recency"),
-    ((0.5, 0.9, 0.9, 0.5), 500, "uneven"), ((1, 1, 1, 1), 500, "flat"), ((1, 1, 1, 1), 4, "undecided"),
-    ((0.6, 0.3, 0.5), 10, "undecided"),
+    ((0.5, 0.9, 0.9, 0.5), 500, "uneven"), ((1, 1, 1, 1), 4, "undecided"), ((0.6, 0.3, 0.5), 10, "undecided"),
 ])
 def test_shapes_have_a_rule(accuracy, n, expected):
     rng = np.random.default_rng(0)
     correct = np.column_stack([rng.permutation(np.arange(n) < round(n * a)) for a in accuracy]).astype(float)
     found = lim.summarise(correct)
-    assert found["shape"] == expected
-    assert found["primacy"][0] == pytest.approx(accuracy[0] - np.mean(accuracy[1:-1]))
+    assert found["shape"] == expected and found["primacy"][0] == pytest.approx(accuracy[0] - np.mean(accuracy[1:-1]))
 
 
-READERS = [dict(layers=2, pos=pos, smear=smear, window=window)
-           for pos, smear, window in (("learned", True, None), ("rope", False, 5), ("alibi", False, None), ("none", True, 5))]
-
-
-@pytest.mark.parametrize("settings", READERS)
-def test_many_queries_equal_one_at_a_time(settings):
+@pytest.mark.parametrize("pos, window", [("learned", None), ("rope", 5), ("alibi", None), ("none", 5)])
+def test_many_queries_equal_one_at_a_time(pos, window):
     torch.manual_seed(0)
-    model = lim.Reader(**settings)
+    model = lim.Reader(2, pos, True, window)
     keys, values = lim.contexts(3, 6, torch.Generator().manual_seed(0))
     together = model(keys, values, keys[:, [4, 0, 5]])
     one_by_one = torch.cat([model(keys, values, keys[:, i : i + 1]) for i in (4, 0, 5)], 1)
@@ -156,23 +141,11 @@ def test_many_queries_equal_one_at_a_time(settings):
     assert (together[:, 0] - together[:, 1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("settings", READERS)
-def test_who_sees_whom(settings):
-    """The bias against loops."""
-    position = torch.tensor([*range(8), 8, 8, 8])
-    bias = lim.Reader(**settings).bias(position, 3).expand(4, -1, -1)
-    for h, i, j in itertools.product(range(4), range(11), range(11)):
-        distance = int(position[i] - position[j])
-        see = (i == j or (distance >= 0 and j < 8)) and distance < (settings["window"] or 99)
-        slope = 2.0 ** (-2 * (h + 1)) if settings["pos"] == "alibi" else 0
-        assert bias[h, i, j].item() == pytest.approx(-slope * distance if see else -math.inf)
-
-
 def test_rotary():
-    x, position = torch.randn(7, 16, dtype=torch.float64), torch.arange(7)
-    turns = torch.exp(1j * position[:, None].double() * 10000.0 ** (-torch.arange(8).double() / 8))
-    z = torch.complex(x[:, :8], x[:, 8:]) * turns
-    torch.testing.assert_close(lim.rotary(position)(x), torch.cat([z.real, z.imag], -1), atol=1e-5, rtol=0)
+    x, position = torch.randn(7, 16), torch.arange(7)
+    near, far = lim.rotary(position)(x), lim.rotary(position + 5)(x)
+    torch.testing.assert_close(near @ near.T, far @ far.T, atol=1e-4, rtol=0)  # only distances count
+    assert (near @ near.T - x @ x.T).abs().max() > 0.1
 
 
 # ---------------------------------------------------------------------------------------------------- 2. the claims
@@ -313,11 +286,10 @@ def test_a_prompt_cut_in_silence(tool, cut, api):
 
 def test_a_window_that_is_wide_enough(tool):
     with server(lambda prompt, n: value_of(prompt)) as (url, seen):
-        assert tool("run", "--model", "m", "--base_url", url, *LONG)[0] == 0 and len(seen) == 13
-        assert tool("run", "--model", "m", "--base_url", url, *LONG)[0] == 0 and len(seen) == 13
-    with server(lambda prompt, n: completion(value_of(prompt), prompt) | dict(usage=None)) as (url, seen):
-        code, out, err = tool("run", "--model", "m", "--base_url", url, *LONG)
-        assert code == 0 and "cannot be seen" in err
+        for _ in range(2):
+            assert tool("run", "--model", "m", "--base_url", url, *LONG)[0] == 0 and len(seen) == 13
+    with server(lambda prompt, n: completion(value_of(prompt), prompt) | dict(usage=None)) as (url, _):
+        assert "cannot be seen" in tool("run", "--model", "m", "--base_url", url, *LONG)[2]
 
 
 @pytest.mark.parametrize("reply, message", [  # each fails at the first call: one line, within seconds
@@ -388,7 +360,10 @@ def test_overflow_leaves_the_example_out_everywhere(tool, words):
 
 def test_failures_are_asked_again_alone(tool):
     down, keys = True, [row["key"] for row in lim.make_pairs(8, 5, 0)]
-    with server(lambda p, n: (403, {}, b"not this") if down and f'Key: "{keys[4]}"' in p else value_of(p)) as (url, seen):
+    def reply(prompt, n):
+        return (403, {}, b"not this") if down and f'Key: "{keys[4]}"' in prompt else value_of(prompt)
+
+    with server(reply) as (url, seen):
         code, out, err = tool(*asking(url))
         assert len(results()["correct"]) == 7 and "not this" in err
         down = False
@@ -417,22 +392,20 @@ def test_kill_and_resume_asks_nothing_twice(tool, tmp_path):
         return value_of(prompt)
 
     with server(reply) as (url, seen):
-        process = subprocess.Popen([sys.executable, HOUSE / "lost_in_middle.py", *map(str, asking(url, "--concurrency", 1))],
-                                   cwd=tmp_path, stderr=subprocess.DEVNULL)
+        command = [sys.executable, HOUSE / "lost_in_middle.py", *map(str, asking(url, "--concurrency", 1))]
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
         process.wait()
         assert reached.is_set() and len(seen) == 16
         with open("o/answers.jsonl", "a") as file:
             file.write('\n{"key": "to')  # a torn line
         code, out, err = tool(*asking(url))
-        assert code == 0 and "torn" in err and len(seen) == 41  # the one that was under way, again
+        assert code == 0 and len(seen) == 41  # the one that was under way, again
         assert len({body["prompt"] for body in seen}) == 40
 
 
 def test_dry_run_asks_nobody(tool):
-    code, out, err = tool(*asking("http://127.0.0.1:9/v1", "--dry_run", "--price", 1e6, 0))
-    tokens = sum(len(p.encode()) for row in lim.load_kv(lim.parse_args([*map(str, asking(""))]), 5)
-                 for p in lim.prompts_of(lim.parse_args([*map(str, asking(""))]), row, range(5)).values()) / 4
-    assert code == 0 and "40 calls" in out and f"${tokens:,.2f}" in out and out.startswith("Extract the value")
+    code, out, err = tool(*asking("http://127.0.0.1:9/v1", "--dry_run", "--price", 0, 1e6))
+    assert code == 0 and "40 calls" in out and "$4,000.00" in out and out.startswith("Extract the value")
 
 
 # --------------------------------------------------------------------------------------------------------- 4. data
@@ -443,88 +416,82 @@ def write(path, *rows, before=""):
     return path
 
 
-OWN = [dict(question=f"who is {x}", answer=x, documents=[f"Here {x} lives.", "A", dict(title="t", text="B"), "C"]) for x in "PQR"]
+OWN = [dict(question=f"who is {x}", answer=x, documents=[f"Here {x} lives.", "A", dict(title="t", text="B"), "C"])
+       for x in "PQR"]
+
+
+QA_WORDS = ("--setting", "qa", "--items", 3, "--data", "d.jsonl")
 
 
 def own(*words):
     return lim.parse_args(["run", "--model", "m", "--setting", "qa", "--data", "d.jsonl", *map(str, words)])
 
 
-@pytest.mark.parametrize("before, wrap", [("", False), ("\ufeff", False), ("", True)])
-def test_own_files(tool, before, wrap):
-    write("d.jsonl", *([json.dumps(OWN)] if wrap else OWN), before=before)
-    rows = lim.load_qa(own("--items", 3), 3)
-    assert [row["gold"]["text"] for row in rows] == [f"Here {x} lives." for x in "PQR"]
-    assert [[doc["text"] for doc in row["others"]] for row in rows] == [["A", "B"]] * 3
+@pytest.mark.parametrize("before, rows", [("", OWN), ("\ufeff", OWN), ("", [json.dumps(OWN)])])
+def test_own_files(tool, before, rows):
+    write("d.jsonl", *rows, before=before)
+    assert lim.load_qa(own(), 3)[2]["others"] == [dict(title="", text="A"), dict(title="t", text="B")]
     with server(lambda p, n: re.search("Here (.)", p)[1] if "Here" in p else "?") as (url, seen):
-        code, out, err = tool("run", "--model", "m", "--base_url", url, "--setting", "qa", "--data", "d.jsonl", "--items", 3,
-                              "--controls", "--out", "o")
-        assert code == 0 and "closed-book: 0.0 %" in out and "oracle: 100.0 %" in out, err
-        assert seen[1]["prompt"].count("Document [") == 3 and len(seen) == 15
+        code, out, _ = tool("run", "--model", "m", "--base_url", url, *QA_WORDS, "--controls", "--out", "o")
+        assert "closed-book: 0.0 %" in out and "oracle: 100.0 %" in out and len(seen) == 15
 
 
 def test_answers_are_words_not_letters(tool):
-    """Ed is not in "played"; a file without hasanswer makes no distractor of an answer; its own field wins."""
-    docs = [dict(title="t", text="He played."), dict(title="t", text="It was Ed."), dict(title="t", text="Red.")]
+    """Ed is not in "played"; a file without hasanswer makes no distractor of an answer; that field wins."""
+    docs = [dict(title="t", text=text) for text in ("He played.", "It was Ed.", "Red.")]
     row = dict(question="who", answers=["Ed"], ctxs=docs)
-    write("d.jsonl", row, dict(row, question="else", ctxs=[*docs[:1], dict(docs[1], isgold=True), dict(docs[1], title="u")]))
-    first, second = (lim.load_qa(own("--limit", 1), 2)[0], lim.load_qa(own(), 2)[1])
-    assert first["gold"] == docs[1] and first["others"] == docs[:1] and second["others"] == docs[:1]
-    write("d.jsonl", dict(row, ctxs=[dict(doc, hasanswer="played" in doc["text"]) for doc in docs]))
-    assert lim.load_qa(own(), 3)[0]["gold"]["text"] == "He played."
+    write("d.jsonl", row, dict(row, ctxs=[docs[0], dict(docs[1], isgold=True), dict(docs[1], title="u"), docs[2]]),
+          dict(row, ctxs=[dict(doc, hasanswer="played" in doc["text"]) for doc in docs]))
+    assert [row["gold"]["text"] for row in lim.load_qa(own(), 3)] == ["It was Ed.", "It was Ed.", "He played."]
+    assert lim.load_qa(own(), 3)[1]["others"] == [docs[0], docs[2]]
 
 
 @needs_data
 def test_published_files():
     oracle = ("--data", DATA / "nq-open-oracle.jsonl.gz")
     rows = lim.load_questions(own(*oracle), None)
-    assert len(rows) == 2655 and sum(len(row["answers"]) == 1 for row in rows) == 1425
-    texts = [row["docs"][0]["text"].replace("\n", " ") for row in rows]
-    assert all(lim.score_answer("subspan", text, row["answers"]) for text, row in zip(texts, rows))  # whoever copies it
-    made = lim.load_qa(own(*oracle, "--distractors", "random"), 20)  # all 2,655: "Ed" is in nobody's "played"
-    assert len(made) == 2655 and all(len(row["others"]) == 19 for row in made)
+    assert len(rows) == 2655 and all(
+        lim.score_answer("subspan", row["docs"][0]["text"].replace("\n", " "), row["answers"]) for row in rows)
+    made = lim.load_qa(own(*oracle, "--distractors", "random"), 20)  # of all 2,655 questions
+    assert len(made) == 2655 and len(made[0]["others"]) == 19
     for k, digest in ((75, "bdc6603cf2337906"), (140, "31db277453ecc729")):
         pairs = lim.load_kv(own("--data", DATA / f"kv-retrieval-{k}_keys.jsonl.gz"), k)
         prompts = [lim.kv_prompt(row["query"], lim.place(row["others"], row["gold"], k // 2)) for row in pairs]
-        assert len(pairs) == 500 and hashlib.sha256("".join(prompts).encode()).hexdigest()[:16] == digest
+        assert hashlib.sha256("".join(prompts).encode()).hexdigest()[:16] == digest
 
 
 def test_made_data():
     rows = list(lim.make_pairs(3, 20, 7))
-    assert rows == list(lim.make_pairs(3, 20, 7)) and rows[:2] == list(lim.make_pairs(2, 20, 7))
-    assert rows != list(lim.make_pairs(3, 20, 8))
+    assert rows[:2] == list(lim.make_pairs(2, 20, 7)) and rows != list(lim.make_pairs(3, 20, 8))
     for row in [*rows, *lim.make_pairs(2, 4500, 0, "short")]:
-        names = [name for record in row["ordered_kv_records"] for name in record]
-        assert len({name.strip("k") for name in names}) == len(names) and row["key"] in names[::2]
-    facts = lim.builtin_facts()
-    for row in facts:
-        [answer] = row["answers"]
-        assert [answer in other["gold"]["text"] for other in facts].count(True) == 1 and answer not in row["query"]
-    plain, mixed, part = (lim.load_qa(own("--data", "builtin", *words), 8) for words in (
-        (), ("--order", "random"), ("--order", "random", "--limit", 5)))
-    assert part == mixed[:5] and plain != mixed and all(
-        sorted(map(str, a["others"])) == sorted(map(str, b["others"])) for a, b in zip(plain, mixed))
+        names = [name.strip("k") for record in row["ordered_kv_records"] for name in record]
+        assert len({*names}) == len(names) and row["key"].strip("k") in names[::2]
+    for row in lim.builtin_facts():
+        assert [row["answers"][0] in doc["text"] for doc in row["docs"]] == row["holds"] and sum(row["holds"]) == 1
+    mixed = lim.load_qa(own("--data", "builtin", "--order", "random"), 8)
+    assert mixed[:5] == lim.load_qa(own("--data", "builtin", "--order", "random", "--limit", 5), 8)
 
 
 def test_report_pairs_by_content(tool):
-    """Another seed, another number of keys, another setting: not the same questions, whatever their line."""
+    """Another seed, another number of keys: not the same questions, whatever their line."""
+    runs = dict(a=(), b=("--limit", 5), seed=("--seed", 7), more=("--items", 6))
     with server(lambda p, n: value_of(p) if n % 3 else "?") as (url, _):
-        for name, words in (("a", ()), ("b", ("--limit", 5)), ("seed", ("--seed", 7)), ("more", ("--items", 6))):
-            tool(*asking(url, "--positions", 0, 2, 4, *words)[:-1], *([words[-1]] if words else [4]), "--out", name)
+        for name, words in runs.items():
+            tool(*asking(url, "--positions", 0, 2, 4), *words, "--out", name)
     code, out, _ = tool("report", "a", "b", "--out", "r")
     a, b = (dict(zip(r["examples"], r["correct"])) for r in map(results, "ab"))
     gain = np.mean([np.subtract(b[key], a[key]) for key in b], 0)
-    assert code == 0 and "on the 5 examples of both" in out and f"at 4 {100 * gain[2]:.1f} [" in out
+    assert code == 0 and out.startswith("5 examples") and re.search(rf"\n4 .*\]  +{100 * gain[2]:.1f} \[", out)
     for other in ("seed", "more"):
-        code, _, err = tool("report", "a", other, "--out", "r")
-        assert code == 2 and "did not ask the same examples in the same way" in err
+        assert "did not ask the same examples" in tool("report", "a", other, "--out", "r")[2]
 
 
 def test_odqa(tool):
-    with server(lambda p, n: (re.findall(r"founded by (\w+)", p) or ["?"])[-1]) as (url, _):
+    with server(lambda p, n: re.findall(r"founded by (\w+)", p)[-1]) as (url, _):
         code, out, _ = tool("odqa", "--model", "m", "--base_url", url, "--k", 1, 5, 20, "--out", "o")
-    assert code == 0 and results()["recall"] == pytest.approx([0.1, 0.5, 1.0])
-    assert np.mean(results()["correct"], 0).tolist() == pytest.approx([1 / 60, 1 / 60, 1 / 60])
+    recall = [np.mean([any(row["holds"][:k]) for row in lim.builtin_facts()]) for k in (1, 5, 20)]
+    assert code == 0 and results()["recall"] == recall and recall[2] == 1
+    assert np.mean(results()["correct"], 0)[0] == recall[0]
 
 
 def test_lab_in_small(tool):
@@ -533,51 +500,38 @@ def test_lab_in_small(tool):
 
 
 KV = dict(ordered_kv_records=[["k", "v"], ["l", "w"], ["m", "x"]], key="k")
-QA_WORDS, KV_WORDS = ("--setting", "qa", "--items", 3, "--data", "d.jsonl"), ("--items", 3, "--data", "d.jsonl")
 
 
 @pytest.mark.parametrize("rows, words, message", [
     ([dict(OWN[0], question=" ")], QA_WORDS, "d.jsonl:1 needs question"),
-    ([OWN[0], dict(OWN[1], answer=None)], QA_WORDS, "d.jsonl:2 needs question"),
-    ([dict(OWN[0], documents=[dict(title="x")])], QA_WORDS, "d.jsonl:1 needs question"),
+    ([OWN[0], "", dict(OWN[1], answer=None)], QA_WORDS, "d.jsonl:3 needs question"),
     ([dict(OWN[0], documents=["A", "B", "C"])], QA_WORDS, "has 0 gold documents"),
     ([dict(OWN[0], documents=["P", "P.", "C"])], QA_WORDS, "has 2 gold documents"),
-    ([OWN[0]], ("--setting", "qa", "--items", 9, "--data", "d.jsonl"), "3 others; needed are 1 and 8"),
-    ([OWN[0], "{broken"], QA_WORDS, "d.jsonl:2 is no JSON object"),
     ([OWN[0], "3"], QA_WORDS, "d.jsonl:2 is no JSON object"),
     ([], QA_WORDS, "has no rows"),
-    ([dict(KV, key="z")], KV_WORDS, "d.jsonl:1 needs ordered_kv_records"),
-    ([dict(KV, ordered_kv_records=KV["ordered_kv_records"] * 2)], KV_WORDS, "stands there twice"),
-    ([KV], ("--items", 4, "--data", "d.jsonl"), "--items 4 asks for more"),
+    ([dict(KV, key="z")], QA_WORDS[2:], "d.jsonl:1 needs ordered_kv_records"),
+    ([dict(KV, ordered_kv_records=KV["ordered_kv_records"] * 2)], QA_WORDS[2:], "is there twice"),
     ([], ("--data", "torn.gz"), "torn.gz:0 is no JSON object"),
     ([], ("--data", "latin.jsonl"), "latin.jsonl:0 is no JSON object"),
     ([], ("--data", "nowhere.jsonl"), "nowhere.jsonl"),
-    ([], ("--data", "paper", "--items", 76), "--items 76: the authors' files"),
     ([], ("--positions", 0, 2, 75), "--positions: at least three of 0 to 74"),
     ([], ("--controls",), "pairs have no --controls"),
-    ([], ("--setting", "qa", "--query_aware", "--order", "random"), "has no prompt in the paper"),
     ([], ("--compare_paper", "gpt-9"), "--compare_paper gpt-9: the paper has no such curve"),
     ([], ("--extra", "3"), "--extra"),
     ([], ("--base_url", "localhost:1"), "localhost:1"),
+    ([], ("--k", "3"), "--k"),
 ])
 def test_mistakes_end_in_one_line(tool, rows, words, message):
     write("d.jsonl", *rows)
     Path("torn.gz").write_bytes(gzip.compress(b'{"key": "k"}\n' * 50)[:30])
-    Path("latin.jsonl").write_bytes('{"key": "é"}'.encode("latin-1"))
+    Path("latin.jsonl").write_bytes(b'{"key": "\xe9"}')
     code, out, err = tool("run", "--model", "m", "--base_url", "http://127.0.0.1:9/v1", *words)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
 
 
-def test_more_mistakes(tool):
-    for words, message in ((["run"], "--model"), (["report", "nowhere"], "nowhere"), (["nonsense"], "invalid choice"),
-                           (["lab", "--controls"], "--controls"),
-                           (["odqa", "--model", "m", "--k", 61], "--k: numbers of documents")):
-        code, out, err = tool(*words)
-        assert code == 2 and message in err and err.count("\n") == 1, err
-
-
 @pytest.mark.skipif("NANOPAPERS_TEST_SERVER" not in os.environ, reason="NANOPAPERS_TEST_SERVER is not set")
 def test_a_real_server(tool):
-    code, out, err = tool("run", "--model", "any", "--base_url", os.environ["NANOPAPERS_TEST_SERVER"], "--api", "completions",
-                          "--items", 4, "--key_style", "short", "--limit", 2, "--concurrency", 1, "--out", "o")
+    words = ("--api", "completions", "--items", 4, "--key_style", "short", "--limit", 2, "--concurrency", 1)
+    url = os.environ["NANOPAPERS_TEST_SERVER"]
+    code, _, err = tool("run", "--model", "any", "--base_url", url, *words, "--out", "o")
     assert code == 0 and all(text for texts in results()["texts"].values() for text in texts), err
