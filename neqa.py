@@ -90,25 +90,21 @@ def shape(y, n=None):
 
 
 def fit_curves(x, right, n):
-    """Section 5's curves by maximum likelihood (binomial, over fine grids: no start, no local optimum): t1 a line in x,
-    and s = σ(k·(x − x0)), of which task 2 shows ½ + s/2.
+    """Section 5's curves: t1 a line in x (weighted least squares), and s = σ(k·(x − x0)), of which task 2 shows ½ +
+    s/2, by maximum likelihood (binomial) over a fine grid: no start, no local optimum.
 
     x: (m,) log10 of parameters; right, n: {"task1", "task2"} → (m,) right answers of n. → functions t1(x) and s(x),
     x0, and its 95 % interval (profile likelihood; its ends lie at most a width of the sizes beyond them). """
-    span = np.ptp(x)
-    line = lambda left, end, at: np.clip(left + (end - left) * (at - x.min()) / span, 1e-9, 1 - 1e-9)
+    line, span = np.polyfit(x, right["task1"] / n["task1"], 1, w=np.sqrt(n["task1"])), np.ptp(x)
     rise = lambda x0, k, at: 1 / (1 + np.exp(-np.clip(k * (at - x0), -700, 700)))
-    fits = lambda task, p: (right[task] * np.log(p) + (n[task] - right[task]) * np.log1p(-p)).sum(-1)
-    ends = np.linspace(0, 1, 201)
-    likely = fits("task1", line(ends[:, None, None], ends[:, None], x))  # (left end, right end)
-    left, end = ends[list(np.unravel_index(likely.argmax(), likely.shape))]
     middles, slopes = np.linspace(x.min() - span, x.max() + span, 301), np.geomspace(1, 60, 60) / span
-    s = rise(middles[:, None, None], slopes[:, None], x)
-    likely = fits("task2", np.clip(0.5 + s / 2, 0, 1 - 1e-9))  # (x0, k)
-    x0, k = np.unravel_index(likely.argmax(), likely.shape)
+    s = rise(middles[:, None, None], slopes[:, None], x)  # (x0, k, model)
+    a2, k2, n2 = np.clip(0.5 + s / 2, 0, 1 - 1e-9), right["task2"], n["task2"]
+    likely = (k2 * np.log(a2) + (n2 - k2) * np.log1p(-a2)).sum(-1)  # (x0, k)
+    best, k = np.unravel_index(likely.argmax(), likely.shape)
     inside = middles[likely.max(1) >= likely.max() - 1.9207]  # half of χ²'s 95 % point
-    x0, k = middles[x0], slopes[k]
-    return lambda at: line(left, end, at), lambda at: rise(x0, k, at), x0, (inside[0], inside[-1])
+    t1, s = lambda at: np.clip(np.polyval(line, at), 0, 1), lambda at: rise(middles[best], slopes[k], at)
+    return t1, s, middles[best], (inside[0], inside[-1])
 
 
 # ==================================================================================== the method: prompts and letters
@@ -193,7 +189,8 @@ seldom""".split())
 PREFIXES = ("Which of the following is not true? ", "Choose the incorrect answer. ")
 # subtle: with these "some birds cannot" and "some birds can" are both true
 UNSURE = set("""all every each both some only most many few several always everyone everybody everything someone
-somebody something also too already still just either unless whether probably possibly certainly perhaps""".split())
+somebody something also too already still just either unless whether sometimes probably possibly certainly
+perhaps""".split())
 WH = set("who whom whose what which where when".split())
 PLURAL = set("i you we they people men women children mice".split()) | WH
 SUBORDINATORS = WH | set("that while if because although though how why".split())
@@ -202,22 +199,29 @@ against near since until after before""".split())
 NO_VERB_AFTER = PREPOSITIONS | set("""a an the and or its their his her our your my this these those any more less
 very so such be been being and or but has have had is are was
 were can could will would should may might must does do did tin trash""".split())
-VERBS = """absorb affect allow appear attract become begin belong blow boil breathe bring build burn buy call carry
-catch cause change chase climb collect come conduct consist consume contain contribute convert cover create cross cut
-decompose decrease depend die dig drink drive eat eliminate emit evaporate exist expand experience explode extract
-fall feed feel fight find float flow fly form freeze gain generate get give go grow happen hatch have hear help
-hibernate hold hunt include increase indicate inhabit involve keep kill know lack last lie live look lose love
-maintain make melt migrate move need obtain occur orbit originate pass pay perform play prefer prevent produce protect
-provide pull push reach receive recycle reduce reflect release remain reproduce require result ride rise rotate run
-rust see sell send serve show shrink sink sit sleep smell spin spread stand start stay stop store suffer survive swim
-take taste teach tend think thrive travel turn understand use want wear weigh work write""".split()
+VERBS = """absorb accept add admit affect agree allow announce appear apply argue arrive ask attend attract avoid
+become begin believe belong bite blow boil borrow breathe bring build burn buy call carry catch cause change chase
+choose climb collect come compare compete complain conduct confirm connect consider consist consume contain contribute
+convert cover create cross cut decide decompose decrease define deliver deny depend describe destroy develop die dig
+disappear discover discuss drink drive earn eat eliminate emit employ enable encourage enjoy enter escape establish
+evaporate exist expand experience explain explode explore extract fail fall feed feel fight find finish float flow fly
+follow forget form freeze gain generate get give go grow happen hatch hate have hear help hibernate hold hunt identify
+imply improve include increase indicate inform inhabit inspire intend introduce invent invite involve join keep kill
+know lack last leak learn lend lie listen live look lose love maintain make manage marry meet melt mention migrate
+move need observe obtain occur oppose orbit organize originate pass pay perform play portray possess predict prefer
+prepare prevent produce promise protect prove provide publish pull push put raise reach receive recycle reduce reflect
+release remain replace reply represent reproduce require result retire return reveal ride rise rotate run rust say
+search see seem select sell send serve settle show shrink sing sink sit sleep smell spend spin spread stand start stay
+stop store suffer suggest surround survive swim take talk taste teach tell tend think thrive travel treat try turn
+understand use visit wait walk want watch wear weigh win wish wonder work worry write""".split()
 PAST = dict(pair.split(":") for pair in """ate:eat became:become began:begin brought:bring built:build came:come
 fell:fall felt:feel fought:fight found:find flew:fly froze:freeze gave:give got:get went:go grew:grow held:hold
 kept:keep lost:lose made:make ran:run saw:see sank:sink sat:sit slept:sleep stood:stand swam:swim took:take wore:wear
 wrote:write bought:buy caught:catch drank:drink drove:drive dug:dig knew:know rose:rise sold:sell sent:send
-taught:teach thought:think""".split())
+taught:teach thought:think said:say told:tell sang:sing met:meet won:win spent:spend chose:choose lent:lend bit:bite
+forgot:forget""".split())
 STRONG = set("""ate became began came fell flew froze gave went grew ran saw swam took wore wrote drank drove knew
-rose""".split())
+rose sang chose forgot bit""".split())
 
 
 def finite_forms():
@@ -264,8 +268,9 @@ class Negator:
         if short.endswith(" have") and (question or re.search(r"(n|ne|ng|t|d)$", after)):  # "has eaten"
             return None
         plural = before in PLURAL or bool(re.search(r"[^sui]s$", before))
-        fits = {"base": plural, "s": not plural, "past": after not in PREPOSITIONS, "strong": True}[kind]
-        return fits or before in WH or None
+        noun = after == "of" and word != "consists"  # "the results of"
+        fits = {"base": plural, "s": not plural and not noun, "past": after not in PREPOSITIONS, "strong": True}
+        return fits[kind] or before in WH or None
 
     def find(self, text, said, question):
         """→ the number of the one word of the last clause to negate, or None."""
@@ -277,19 +282,14 @@ class Negator:
         slot_at_end = re.search(r"___[\s.?]*$", text) or not re.search(r"___|[.?!]\s*$", text)
         if len(kinds) == 1 and not nested or len(kinds) > nested and slot_at_end and not question:
             i = max(kinds)  # of "a thing that can fly is", the last
-        elif question and said[0] in WH and kinds.get(1) in AUXILIARIES:
-            i = 1  # "What is the name of the bird that …"
-        else:
-            return None
-        return i if sure[i] and not {"and", "but", "or"} & set(said[i + 1 :]) else None
+            if sure[i] and not {"and", "but", "or"} & set(said[i + 1 :]):
+                return i
 
     def __call__(self, text):
-        words = list(re.finditer(r"[\w'’-]*[^\W_][\w'’-]*", text))
-        if not words:
+        clause = re.search(r"([^,.?!;:]*\w[^,.?!;:]*)[\W_]*$", text) if re.search(r"[^\W_]", text) else None
+        if not clause:
             return None, "no words", False
-        breaks = [i for i in range(1, len(words)) if re.search(r"[,.?!;:]", text[words[i - 1].end() : words[i].start()])
-                  and not re.fullmatch("[A-Z]", words[i - 1][0])]  # clauses part here, but not at an initial
-        words = words[breaks[-1] if breaks else 0 :]
+        words = list(re.compile(r"[\w'’-]*[^\W_][\w'’-]*").finditer(text, clause.start()))
         said = [word[0] if word[0] in ("May", "Will") else word[0].lower().replace("’", "'") for word in words]
         if text.startswith(PREFIXES) or NEGATIVE & set(said) or any(word.endswith("n't") for word in said):
             return text, "gold/not", False
@@ -301,8 +301,7 @@ class Negator:
         leads = self.forms.get(said[0], ("",))[0] in AUXILIARIES and (question or first == said[0])
         if leads or question and first in ("how", "why"):
             return None, "how, why, or yes or no: negated, it does not ask for the other choice", False
-        unsure = UNSURE & {word for word, before in zip(said, ["", *said]) if before != "the"}  # "the most" is sure
-        i = None if unsure else self.find(text, said, question)
+        i = None if UNSURE & set(said) else self.find(text, said, question)
         rule, short, full = "not/because", "not because", "not because"
         if "because" in said[1:] and not question:
             i = said.index("because")
@@ -468,16 +467,15 @@ def as_row(entry, where, most=2):
     refused, by a line that says where. """
     if not isinstance(entry, dict):
         fail(f"{where}: not a question but {str(entry)[:60]!r}")
+    if {"prompt", "answer_index"} <= entry.keys():
+        found = re.search(r"Question: (.*)\r?\nA\. (.*)\r?\nB\. (.*)\r?\nAnswer:\s*$", str(entry["prompt"]), re.S)
+        if not found:
+            fail(f"{where}: the prompt does not ask a question with the choices A and B")
+        entry = dict(question=found[1], choices=[found[2], found[3]], answer=entry["answer_index"])
+    if isinstance(entry.get("question"), dict):
+        entry = {**entry, **entry["question"], "question": entry["question"].get("stem")}
     question, options = entry.get("question", entry.get("question_stem")), entry.get("choices")
     key = entry.get("answer", entry.get("answerKey"))
-    if {"prompt", "classes", "answer_index"} <= entry.keys():
-        found = re.search(r"Question: (.*)\r?\nA\. (.*)\r?\nB\. (.*)\r?\nAnswer:\s*$", str(entry["prompt"]), re.S)
-        if not found or re.findall(r"\w+", str(entry["classes"])) != ["A", "B"]:
-            fail(f"{where}: not a question with the choices A and B")
-        question, *options = found.groups()
-        key = entry["answer_index"]
-    if isinstance(question, dict):
-        question, options = question.get("stem"), question.get("choices")
     try:
         options = ast.literal_eval(options) if isinstance(options, str) else options
         if isinstance(options, dict):
@@ -495,8 +493,8 @@ def as_row(entry, where, most=2):
     if not labelled and re.fullmatch(r"\d", str(key).strip()):
         readings = {int(key)} if isinstance(key, int) else readings | {int(key)}
     if len(readings) != 1 or max(readings) >= len(options):
-        fail(f"{where}: {'several' if len(readings) > 1 else 'none'} of {options} can be meant by the answer {key!r}: "
-             f"write an index (0 to {len(options) - 1}), a letter, or a choice's text")
+        fail(f"{where}: the answer {key!r} must mean one of {options}: an index (0 to {len(options) - 1}), a letter or "
+             "a choice's text, and not two of these at once")
     return dict(question=question.strip(), choices=options, answer=readings.pop(), plain=entry.get("plain"))
 
 
@@ -541,7 +539,7 @@ class Reader(nn.Module):
 
     def forward(self, sentences):  # (batch, 3) token ids → logits (batch, 2)
         x = self.tokens[sentences] + self.positions  # (batch, 3, d)
-        later = torch.ones(3, 3, dtype=torch.bool, device=x.device).triu(1)
+        later = torch.ones(3, 3, dtype=torch.bool).triu(1)
         norm = lambda x: F.layer_norm(x, x.shape[-1:])
         for qkv, out, up, down in zip(self.qkv, self.out, self.up, self.down):
             q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv(norm(x)).chunk(3, -1))
@@ -559,7 +557,7 @@ def draw(table, rng, share, size):
     return torch.stack([subject, SUBJECTS + attribute, adverb], -1), table[subject, attribute] ^ negated
 
 
-def train(d, models, steps, device="cpu", quiet=True, batch=256):
+def train(d, models, steps, quiet=True, batch=256):
     """Train a Reader of width d for each (share of "not", seed) of models, side by side: the loss is the sum of
     theirs, so none knows of the others, and each has its own stream of sentences → t1, s, NeQA, a tensor (3, models).
 
@@ -571,8 +569,8 @@ def train(d, models, steps, device="cpu", quiet=True, batch=256):
         tables.append(torch.randint(2, (SUBJECTS, ATTRIBUTES)))
         readers.append(Reader(d))
         streams.append(draw(tables[-1], torch.Generator().manual_seed(seed * 1000 + d), share, (steps, batch)))
-    sentences, labels = (torch.stack(part, 1).to(device) for part in zip(*streams))  # (steps, models, batch, …)
-    weights = {name: w.detach().to(device).requires_grad_() for name, w in stack_module_state(readers)[0].items()}
+    sentences, labels = (torch.stack(part, 1)for part in zip(*streams))  # (steps, models, batch, …)
+    weights = {name: w.detach().requires_grad_() for name, w in stack_module_state(readers)[0].items()}
     bare = Reader(d).to("meta")
     say = vmap(lambda w, x: functional_call(bare, w, x))
     optimizer = torch.optim.AdamW(weights.values(), lr=3e-3, weight_decay=0, fused=True)
@@ -584,9 +582,9 @@ def train(d, models, steps, device="cpu", quiet=True, batch=256):
         loss.backward()
         optimizer.step()
     every = torch.cartesian_prod(torch.arange(SUBJECTS), torch.arange(SUBJECTS, SUBJECTS + ATTRIBUTES),
-                                 torch.arange(SUBJECTS + ATTRIBUTES, NOT + 1)).to(device)
+                                 torch.arange(SUBJECTS + ATTRIBUTES, NOT + 1))
     with torch.no_grad():
-        said = say(weights, every.expand(len(models), -1, -1)).argmax(-1).cpu()
+        said = say(weights, every.expand(len(models), -1, -1)).argmax(-1)
     said = said.unflatten(1, (SUBJECTS, ATTRIBUTES, FILLERS + 1))
     true, plain, negated = torch.stack(tables)[..., None], said[..., :-1], said[..., -1:]
     shares = (plain == true)[:, 1::2], (plain != negated)[:, ::2], (negated != true)[:, 1::2]
@@ -614,25 +612,6 @@ def run(args):
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-
-
-def set_up(args):
-    """Seeds, device and torchrun's process group → (device, rank, world)."""
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device := torch.device("cuda", device.index or local))
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} cannot be had here: {error}")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(args.seed)
-    torch.set_flush_denormal(True)  # a denormal slows a CPU matmul tenfold
-    torch.set_float32_matmul_precision("high")
-    return device, rank, world
 
 
 def download(url, sha256=None):
@@ -820,33 +799,23 @@ def ask(args, groups, **more):
 
 # ==================================================================================== the experiments
 
-SHARES, WIDTHS = (0.0003, 0.03, 0.3), (8, 16, 32, 64)  # of sentences with "not"; of the laboratory's models
+SHARES, WIDTHS = (0.0003, 0.03, 0.3), (4, 8, 16, 32, 64)  # of sentences with "not"; of the laboratory's models
 TASKS, UNREAD = ("neqa", "task1", "task2"), ("failed", "empty", "cut", "no letter")
 
 
 def lab(args):
     """Train small Transformers of growing size in a world where "not" is rare, less rare and common: three shapes."""
-    device, rank, world = set_up(args)
+    torch.set_flush_denormal(True)  # a denormal slows a CPU matmul tenfold
     models = [(share, seed) for share in SHARES for seed in range(args.seed, args.seed + args.seeds)]
-    found = {d: train(d, models, args.steps, device, args.quiet or rank > 0) for d in WIDTHS[::-1][rank::world]}
-    if world > 1:
-        parts = [found] * world
-        dist.all_gather_object(parts, found)
-        found = {d: figures for part in parts for d, figures in part.items()}
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank:
-        return
+    found = [train(d, models, args.steps, args.quiet) for d in WIDTHS]
     sizes = [sum(p.numel() for p in Reader(d).parameters()) for d in WIDTHS]
-    # t1, s, neqa, predicted: (share, seed, size)
-    t1, s, neqa = torch.stack([found[d] for d in WIDTHS], -1).unflatten(1, (len(SHARES), -1)).numpy()
+    t1, s, neqa = torch.stack(found, -1).unflatten(1, (len(SHARES), -1)).numpy()  # each (share, seed, size)
     predicted, names = compose(t1, s), [shape(curve) for curve in neqa.mean(1)]
-    figures = [t1, s, neqa, neqa.min(1, keepdims=True), neqa.max(1, keepdims=True), predicted]
-    print_table(['share of "not"', "parameters", "task 1", "s", "NeQA", "(lowest", "highest seed)", "predicted"], [
-        (f"{share:.2%}", f"{size:,}", *(part[i, :, j].mean() for part in figures))
+    print_table(['share of "not"', "parameters", "task 1", "s", "NeQA", "predicted"], [
+        (f"{share:.2%}", f"{size:,}", *(part[i, :, j].mean() for part in (t1, s, neqa, predicted)))
         for i, share in enumerate(SHARES) for j, size in enumerate(sizes)])
-    for share, name, seeds in zip(SHARES, names, neqa):
-        alike = sum(shape(curve) == name for curve in seeds)
+    for share, name, curves in zip(SHARES, names, neqa):
+        alike = sum(shape(curve) == name for curve in curves)
         print(f'"not" in {share:.2%} of the sentences: {name}, as are {alike} of {args.seeds} seeds')
     print("predicted: t1·s + (1 − t1)·(1 − s), s from other subjects than those scored; it errs by at most "
           f"{np.abs((predicted - neqa).mean(1)).max():.3f}")
@@ -858,7 +827,7 @@ def lab(args):
             ax.plot(sizes, neqa[i].T, color=f"C{i}", lw=0.6, alpha=0.5)
             ax.plot(sizes, neqa[i].mean(0), "o-", color=f"C{i}", label=f'"not" in {share:.2%}: {names[i]}')
             ax.plot(sizes, predicted[i].mean(0), "--", color=f"C{i}")
-        ax.plot(sizes, t1.mean((0, 1)), "k:", label="task 1 (mean): the same sentences without \"not\"")
+        ax.plot(sizes, t1.mean((0, 1)), "k:", label='task 1 (mean): the same sentences without "not"')
         ax.set(xscale="log", xlabel="parameters", ylabel="accuracy (dashed: predicted; thin: each seed)", ylim=(0, 1))
         ax.legend(fontsize=8)
 
@@ -925,43 +894,40 @@ def eval_(args):
     more = dict(logprobs=5) if args.api == "completions" else dict(logprobs=True, top_logprobs=20)
     asked = [(task, i, *question(row, i, task, args)) for task in TASKS for i, row in enumerate(rows)
              if row["plain"] or task == "neqa"]
-    answered = more if score == "logprob" else {}
-    picks = {task: {} for task in TASKS}  # {row: (what it picks, what is right)}
+    answers = ask(args, [prompts for *_, prompts, _ in asked], **more if score == "logprob" else {})
+    picks = {(task, i): (judge(got, score), right) for (task, i, _, right), got in zip(asked, answers)}
     with open(args.out / "answers.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "row", "pick", "right", "question", "choice A", "choice B", "said"])
-        for (task, i, _, right), got in zip(asked, ask(args, [prompts for *_, prompts, _ in asked], **answered)):
-            picks[task][i] = judge(got, score), right
-            said = got[0].get("text", got[0].get("missing"))
-            writer.writerow([task, i + 1, *picks[task][i], rows[i]["question"], *rows[i]["choices"], said])
-    tasks = {}
-    for task, found in picks.items():
-        counts = Counter(pick for pick, _ in found.values())
+        csv.writer(file).writerows([["task", "row", "pick", "right", "question", "choice A", "choice B", "said"]] + [
+            [task, i + 1, *pick, rows[i]["question"], *rows[i]["choices"], got[0].get("text", got[0].get("missing"))]
+            for ((task, i), pick), got in zip(picks.items(), answers)])
+    tasks, columns = {}, ["n", "accuracy", "low", "high", "says_a", *UNREAD]
+    for task in TASKS:
+        found = [pick for (about, _), pick in picks.items() if about == task]
+        counts = Counter(letter for letter, _ in found)
         if n := len(found) - counts["failed"]:
-            k = sum(pick == right for pick, right in found.values())
-            known = 1 if counts["A"] + counts["B"] >= 0.95 * n else math.nan
-            low, high = wilson(k, n)
-            tasks[task] = dict(n=n, k=k, accuracy=k / n * known, low=low * known, high=high * known)
-            tasks[task] |= dict(says_a=counts["A"] / n, **{why: counts[why] for why in UNREAD})
-    columns = ["n", "accuracy", "low", "high", "says_a", *UNREAD]
+            k = sum(letter == right for letter, right in found)
+            figures = (k / n, *wilson(k, n)) if counts["A"] + counts["B"] >= 0.95 * n else (math.nan,) * 3
+            counted = [n, *figures, counts["A"] / n, *(counts[why] for why in UNREAD)]
+            tasks[task] = dict(zip(columns, counted), k=k)
     print_table(["task", *columns], [(task, *(found[key] for key in columns)) for task, found in tasks.items()])
-    print(f"{len(picks['task1'])} of {len(rows)} questions have a plain twin. low, high: 95 % (Wilson). undefined: more than "
-          "one answer in twenty cannot be read; see answers.csv (--max_tokens gives a model room to think)")
-    both = [(*picks["task1"][i], *picks["neqa"][i]) for i in picks["task1"]]
+    twins = sum(bool(row["plain"]) for row in rows)
+    print(f"{twins} of {len(rows)} questions have a plain twin. low, high: 95 % (Wilson). "
+          "undefined: more than one answer in twenty cannot be read; see answers.csv (--max_tokens: room to think)")
+    both = [(*pick, *picks["neqa", i]) for (task, i), pick in picks.items() if task == "task1"]
     both = np.array([letters for letters in both if set(letters) <= {"A", "B"}])
     if len(both):
         plain, plain_right, negated, right = both.T
         knows, turns = plain == plain_right, plain != negated
-        twins = dict(n=len(both), t1=knows.mean(), s=turns.mean(), covariance=covariance_term(knows, turns))
-        print("both twins read: {n}; t1 {t1:.3f} and s {s:.3f} (answers that turn) compose".format(**twins),
-              f"{compose(knows.mean(), turns.mean()):.3f}, {twins['covariance']:+.3f} (2·Cov) = NeQA {(negated == right).mean():.3f}")
-        tasks["twins"] = twins
+        tasks["twins"] = dict(n=len(both), t1=knows.mean(), s=turns.mean(), neqa=np.mean(negated == right),
+                              composed=compose(knows.mean(), turns.mean()), cov=covariance_term(knows, turns))
+        print("both twins read: {n}; t1 {t1:.3f} and s {s:.3f} (answers that turn) compose {composed:.3f}, {cov:+.3f} "
+              "(2·Cov) = NeQA {neqa:.3f}".format(**tasks["twins"]))
     if {"task1", "task2"} <= tasks.keys():
         t1, s = tasks["task1"]["accuracy"], understanding(tasks["task2"]["accuracy"])
         print(f"composed of task 1 and s = 2·a2 − 1 = {s:.3f} of task 2: {compose(t1, s if s >= 0 else math.nan):.3f}")
     save_results(args.out, args, size=args.size, tasks=tasks)
     print(args.out / "answers.csv")
-    if failed := sum(pick == "failed" for found in picks.values() for pick, _ in found.values()):
+    if failed := sum(pick == "failed" for pick, _ in picks.values()):
         fail(f"{failed} calls failed: see answers.csv; the same command asks them again")
 
 
@@ -994,33 +960,28 @@ def fit(args):
     for path in args.files:
         try:
             found = json.loads(Path(path).read_text("utf-8"))
-            model = dict(name=found["args"]["model"], size=found["size"], **found["tasks"])
-            model["neqa"]["accuracy"] / 1
+            models.append(dict(name=found["args"]["model"], size=found["size"], **found["tasks"]))
+            if not math.log10(models[-1]["size"] or 0) or math.isnan(models[-1]["neqa"]["accuracy"]):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
-            fail(f"{path} is not the results.json of an eval")
-        if not model["size"] or model["neqa"]["accuracy"] != model["neqa"]["accuracy"]:
-            fail(f"{path}: {model['name']} has no size or no accuracy: run that eval again, with --size")
-        models.append(model)
+            fail(f"{path}: not the results.json of an eval with an accuracy and a size (eval has --size)")
     models.sort(key=lambda model: model["size"])
     x = np.log10([model["size"] for model in models])
     if len(set(x)) < 3:
         fail(f"{len(set(x))} sizes: a curve needs three or more")
     tasks = [task for task in TASKS if all(task in model for model in models)]
     right, n = ({task: np.array([model[task][key] for model in models], float) for task in tasks} for key in "kn")
-    y, name = {task: right[task] / n[task] for task in tasks}, shape(right["neqa"] / n["neqa"], n["neqa"])
-    figures = dict(shape=name, equal_p=equal_p(y["neqa"], n["neqa"]))
-    lines = {}
+    columns = {task: right[task] / n[task] for task in tasks}
+    figures = dict(shape=shape(columns["neqa"], n["neqa"]), equal_p=equal_p(columns["neqa"], n["neqa"]))
     if len(tasks) == 3:
-        t1, s, x0, interval = fit_curves(x, right, n)
-        lines = {"task 1": t1, "s": s, "composed": lambda at: compose(t1(at), s(at))}
-        figures |= dict(log10_x0=x0, x0_interval=interval, composed=lines["composed"](x))
-    columns = [*y.values(), *(curve(x) for curve in lines.values())]
-    print_table(["model", "parameters", *tasks, *lines], [
-        (model["name"], f"{model['size']:.3g}", *(column[i] for column in columns)) for i, model in enumerate(models)])
-    print(f"NeQA over size: {name} (p of no difference: {figures['equal_p']:.3g})")
-    if lines:
-        print(f"s turns at 10^{x0:.2f} parameters (95 %: 10^{interval[0]:.2f} to 10^{interval[1]:.2f})")
-    save_results(args.out, args, models=models, **figures)
+        t1, s, figures["log10_x0"], figures["interval"] = fit_curves(x, right, n)
+        columns |= {"t1, fitted": t1(x), "s, fitted": s(x), "NeQA, composed": compose(t1(x), s(x))}
+    print_table(["model", "parameters", *columns], [
+        (model["name"], f"{model['size']:.3g}", *(y[i] for y in columns.values())) for i, model in enumerate(models)])
+    print("NeQA over size: {shape} (p of no difference: {equal_p:.3g})".format(**figures))
+    if len(tasks) == 3:
+        print("s turns at 10^{log10_x0:.2f} parameters (95 %: {interval[0]:.2f}, {interval[1]:.2f})".format(**figures))
+    save_results(args.out, args, models=models, columns=columns, **figures)
 
 
 # ==================================================================================== command line
@@ -1030,7 +991,7 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv.insert(0, "lab")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Without TASK: lab.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.error = fail
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     server = server_flags(None)
@@ -1046,7 +1007,6 @@ def parse_args(argv=None):
         "limit": dict(type=int, help="the first so many questions (all)"),
         "size": dict(type=float, help="parameters of the model, for fit"),
         "seed": dict(type=int, default=0, help="of tables, weights, streams, wrong choices (%(default)s)"),
-        "device": dict(help="cuda or cpu (cuda where there is one)"),
         "out": dict(type=Path, help="folder for results, answers and figures (%(default)s)"),
         "no_plot": dict(action="store_true", help="write no figure"),
         "quiet": dict(action="store_true", help="no progress bars"),
@@ -1061,7 +1021,7 @@ def parse_args(argv=None):
         sub.set_defaults(task=function, **dict(out=Path(f"out/neqa/{name}")) | defaults)
         return sub
 
-    task(lab, "steps seeds seed device out no_plot quiet")
+    task(lab, "steps seeds seed out no_plot quiet")
     task(eval_, f"{' '.join(server)} data prompt score debias limit size out quiet", out=None)
     task(negate, "seed out").add_argument("file", help="questions: .jsonl, .csv or .tsv")
     task(compose_, "out")

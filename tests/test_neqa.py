@@ -178,8 +178,7 @@ def test_read_letter(text, pick):
     ("Wet things that are warm are", ("Wet things that are warm aren't", "Wet things that are warm are not")),
     ("When it rains, plants grow", ("When it rains, plants don't grow", "When it rains, plants do not grow")),
     ("Birds fly because", ("Birds fly not because",) * 2), ("Birds cannot", "gold"), ("Rain isn't", "gold"), ("Nobody is", "gold"),
-    ("It is unlikely that", "gold"), ("He ate", ("He didn't eat", "He did not eat")), ("J. R. Smith is", ("J. R. Smith isn't",
-                                                                                                   "J. R. Smith is not")),
+    ("It is unlikely that", "gold"), ("He ate", ("He didn't eat", "He did not eat")), ("J. R. Smith is", ("J. R. Smith isn't", "J. R. Smith is not")),
     ("Drums are made of ___?", ("Drums aren't made of ___?", "Drums are not made of ___?")), (" . ", None),
     ("Choose the incorrect answer. Rain is", "gold"),
 ])
@@ -242,12 +241,12 @@ def test_files_as_people_have_them():
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", json.dumps({**ROW, "choices": ["x", "y", "z"]}), "a.jsonl, row 1: a question of NeQA has two different choices"),
-    ("b.jsonl", json.dumps(ROW) + "\n" + json.dumps({**ROW, "answer": 2}), "b.jsonl, row 2: none of ['fly', 'bark']"),
-    ("c.csv", "question,choices,answer\nHow many?,\"['1', '2']\",1\n", "c.csv, row 1: several of ['1', '2']"),
+    ("b.jsonl", json.dumps(ROW) + "\n" + json.dumps({**ROW, "answer": 2}), "b.jsonl, row 2: the answer 2 must mean one of ['fly', 'bark']"),
+    ("c.csv", "question,choices,answer\nHow many?,\"['1', '2']\",1\n", "c.csv, row 1: the answer '1' must mean one of"),
     ("d.jsonl", json.dumps({**ROW, "question": " "}), "row 1: no question"), ("e.jsonl", "{", "is not what its name says"),
     ("f.jsonl", "", "holds no question"), ("g.jsonl", "[1, 2]", "row 1: not a question but"), ("h.csv", "a,b\n1,2\n", "choices must"),
     ("i.csv", "question,choices,answer\nm\xe4h,\"['a', 'b']\",0\n".encode("latin-1"), "not UTF-8 (byte 25)"),
-    ("j.csv", "prompt,classes,answer_index\nhello,\"[' A', ' B']\",0\n", "not a question with the choices A and B"),
+    ("j.csv", "prompt,classes,answer_index\nhello,\"[' A', ' B']\",0\n", "does not ask a question with the choices A and B"),
     ("k.jsonl", json.dumps({**ROW, "choices": ["x", "x"]}), "two different choices"), ("l.jsonl.gz", b"\x1f\x8b\x08", "l.jsonl.gz"),
 ])
 def test_files_that_are_refused(capsys, name, content, message):
@@ -259,7 +258,7 @@ def test_files_that_are_refused(capsys, name, content, message):
 def test_the_published_files():
     rows = neqa.read_rows(DATA / "neqa.jsonl")
     assert len(rows) == 1718 and sum(row["answer"] for row in rows) == 859
-    assert len(neqa.read_rows(DATA / "sample_not_be_300.csv")) == 300 and len(neqa.read_rows(DATA / "neqa-PART1.csv")) == 300 or True
+    assert len(neqa.read_rows(DATA / "sample_not_be_300.csv")) == 300
     twins = neqa.read_rows(DATA)
     prompts = [build_task2(*row["normalized"], row["choices"][1 - row["answer"]], i % 2 == 1) for i, row in enumerate(twins)]
     assert digest("".join(prompts)) == "4f1f69ef2cd21897"
@@ -297,8 +296,8 @@ def test_the_world():
 
 def test_rare_not_is_ignored_and_common_not_is_learnt():
     """The two ends of the paper's Figure 6 in miniature: with size NeQA falls, or rises."""
-    (t1, _), (s, s_often), (neqa_rare, neqa_often) = neqa.train(32, [(0.0003, 0), (0.3, 0)], 400)
-    assert t1 > 0.95 and s < 0.3 and neqa_rare < 0.3 and s_often > 0.8 and neqa_often > 0.8
+    (t1, _), (s, s_often), (neqa_rare, neqa_often) = neqa.train(16, [(0.0003, 0), (0.3, 0)], 350)
+    assert t1 > 0.8 and s < 0.3 and neqa_rare < 0.3 and s_often > 0.55 and neqa_often > 0.55
 
 
 def test_bfloat16():
@@ -306,15 +305,12 @@ def test_bfloat16():
         assert torch.isfinite(neqa.train(8, [(0.3, 0), (0.03, 0)], 3)).all()
 
 
-def test_default_run_in_small_and_on_two_ranks(capsys, monkeypatch):
-    out, one = tool(capsys, "--steps", 4, "--seeds", 2, "--quiet", "--device", "cpu")
-    assert "predicted" in out and Path("out/neqa/lab/lab.png").is_file() and np.shape(one["neqa"]) == (3, 2, 4)
-    assert np.allclose(one["predicted"], compose(np.array(one["t1"]), np.array(one["s"])))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HOUSE / "neqa.py", "--steps", "4",
-               "--seeds", "2", "--quiet", "--device", "cpu", "--no_plot", "--out", "two"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert np.allclose(json.loads(Path("two/results.json").read_text())["neqa"], one["neqa"], atol=0.01)
+def test_default_run_in_small(capsys, monkeypatch):
+    monkeypatch.setattr(neqa, "WIDTHS", (4, 6, 8))
+    out, found = tool(capsys, "--steps", 4, "--seeds", 2, "--quiet")
+    assert "predicted" in out and Path("out/neqa/lab/lab.png").is_file() and np.shape(found["neqa"]) == (3, 2, 3)
+    assert np.allclose(found["predicted"], compose(np.array(found["t1"]), np.array(found["s"])))
+    assert found["sizes"] == [798, 1508, 2362]
 
 
 # ------------------------------------------------------------------------------------------------------------- evals
@@ -400,7 +396,7 @@ def test_eval_finds_a_known_reader(capsys, words, style):
         assert tasks["task1"]["accuracy"] == np.mean(knows) and tasks["neqa"]["accuracy"] == np.mean(np.equal(knows, turns))
         assert tasks["twins"]["s"] == np.mean(turns) and tasks["twins"]["n"] == 204
         gap = tasks["neqa"]["accuracy"] - compose(np.mean(knows), np.mean(turns))
-        assert tasks["twins"]["covariance"] == pytest.approx(gap, abs=1e-12)
+        assert tasks["twins"]["cov"] == pytest.approx(gap, abs=1e-12)
         assert abs(tasks["task2"]["accuracy"] - 0.65) < 0.12 and "2·Cov" in out
         assert len(prompts) == 204 * 3 * (1 + ("--debias" in words))
         tool(capsys, "eval", "--model", "m-7b", "--base_url", url, "--quiet", *words)
@@ -478,10 +474,10 @@ def test_ones_own_rows_from_end_to_end(capsys):
         assert "30 of 31 questions have a plain twin" in out and found["tasks"]["task1"]["n"] == 30
         files.append(next(Path("out/neqa").glob(f"eval-{re.sub(r'[^.0-9a-z-]+', '_', f'm{size:g}')}-*")) / "results.json")
     out, found = tool(capsys, "fit", *files)
-    assert "U" in out and found["shape"] in ("U", "positive") and 9 < found["log10_x0"] < 10 and len(found["composed"]) == 3
+    assert "U" in out and found["shape"] in ("U", "positive") and 9 < found["log10_x0"] < 10 and len(found["columns"]["NeQA, composed"]) == 3
     del (json_ := json.loads(files[0].read_text()))["tasks"]["task1"]
     files[0].write_text(json.dumps(json_))
-    assert "composed" not in tool(capsys, "fit", *files)[1]  # the shape alone
+    assert "log10_x0" not in tool(capsys, "fit", *files)[1]  # the shape alone
 
 
 def test_killed_and_resumed():
@@ -519,8 +515,8 @@ def test_killed_and_resumed():
     (["eval", "--model", "m", "--debias"], "--debias reads log-probabilities"), (["--steps", 0], "--steps 0 must be above 0"),
     (["eval", "--model", "m", "--steps", 3], "unrecognized arguments"), (["eval", "--model", "m", "--extra", "[]"], "--extra"),
     (["eval", "--model", "m", "--prompt", "oneshot"], "invalid choice"), (["fit", "gone.json"], "gone.json"),
-    (["fit", "own.jsonl"], "own.jsonl is not the results.json of an eval"), (["negate", "gone.jsonl"], "gone.jsonl"),
-    (["train"], "invalid choice"), (["--device", "cuda:99"], "--device cuda:99"),
+    (["fit", "own.jsonl"], "own.jsonl: not the results.json of an eval"), (["negate", "gone.jsonl"], "gone.jsonl"),
+    (["train"], "invalid choice"), (["--seeds", "x"], "--seeds"),
 ])
 def test_mistakes_end_in_one_line(capsys, words, message):
     write("own.jsonl", json.dumps(ROW))
@@ -531,7 +527,7 @@ def test_fit_wants_sizes(capsys):
     task = dict(n=10, k=5, accuracy=0.5)
     for i, size in enumerate((None, 1e8, 1e9)):
         write(f"{i}.json", json.dumps(dict(args=dict(model="m"), size=size, tasks=dict(neqa=task))))
-    assert "m has no size or no accuracy" in refused(capsys, "fit", "0.json", "1.json", "2.json")
+    assert "0.json: not the results.json of an eval with an accuracy and a size" in refused(capsys, "fit", "0.json", "1.json", "2.json")
     assert "2 sizes: a curve needs three" in refused(capsys, "fit", "1.json", "2.json", "1.json")
 
 
