@@ -1,4 +1,67 @@
-"""DOC"""
+"""NeQA: how negation shapes scaling curves (Zhang, Yasunaga, Zhou, HaoChen, Zou, Liang, Yeung; 2023; arXiv 2305.17311).
+
+The problem. A two-choice question is negated ("The capital of France is not": Rome, or Paris?), so that its answer is
+the choice that is wrong without the negation. With size some language models get worse at it (inverse scaling), some
+worse and then better (a U), some better. Why three shapes from one task?
+
+The idea. Two abilities are composed. Task 1: answer the plain question, right with probability t1. Task 2: understand
+that the negation turns the answer, with probability s; who misses it answers the plain question. If the two are
+independent (`compose`, `understanding`),
+
+    P(right) = t1·s + (1 − t1)·(1 − s)                 s = 2·a2 − 1,  a2 the accuracy of a two-choice test of task 2
+
+While s is near 0 the score is 1 − t1: it falls as the model gets to know more. It rises when s does. Prompts and model
+families that move the rise of s to smaller models turn inverse into U into positive. Without independence the score is
+that plus 2·Cov(right on the plain question, turns its answer), exactly (`covariance_term`).
+
+How to run it.
+
+    python neqa.py                                 the laboratory: networks of growing size in a world with a rare "not"
+    python neqa.py eval --model NAME --base_url http://127.0.0.1:8000/v1     any OpenAI-compatible server
+    python neqa.py negate own.jsonl                your own question, choices, answer → negated questions with twins
+    python neqa.py eval --model NAME --size 7e9 --data out/neqa/negate/negated.jsonl
+    python neqa.py fit A/results.json B/results.json C/results.json    the shape, t1 and s over three sizes or more
+    python neqa.py compose                         the formula's three shapes
+
+What we measured. `python neqa.py` (seeds 0 to 2, chance ½, torch 2.13, one CPU thread, 121 s of CPU). NeQA is exact,
+over 400 facts; s is measured on the 400 others, so that the second line of a share is a prediction:
+
+    parameters                               2,362   7,794   27,874   104,898
+    "not" in 0.03 % of the sentences, NeQA    .381    .082     .032      .003       inverse, in 3 of 3 seeds
+      predicted from t1 and s                 .415    .124     .039      .001
+    2 %                                       .386    .274     .514      .553       U, 2 of 3 seeds
+      predicted                               .419    .314     .537      .569
+    30 %                                      .511    .720     .972      .993       positive, 3 of 3 seeds
+      predicted                               .503    .680     .970     1.000
+
+The falling arm is task 1 being learnt (t1 .63, .93, 1, 1) while s is low; the rising arm is s alone. The prediction
+errs by at most .043, where models are small: there knowing and turning are not independent. We took 2 % because it
+shows a U (at 3 % the fall was .03, too little to be named); its right arm only reaches chance in these seeds. These
+networks do not say why GPT-3's curve fell.
+
+A real model. Gemma 3 of 270M weights (4 bits, base) behind llama-cpp-python's server, our 204 questions (95 %: ± .07):
+
+    eval --api completions --extra '{"logprobs": 50}'    NeQA .544, task 1 .500, task 2 .725; says A .76, .85, .64
+    the same with --prompt hint                          NeQA .544, task 1 .461, task 2 .662; says A .69, .70, .82
+
+It answers by letter, not by content: it turns .09 of its answers in both, while task 2 would make s .45 and .32. Read
+"says_a" first, and use --debias.
+
+The negator on 72 rewritten sentences of Wikipedia and questions to a search engine that nobody tuned it on: 70 right.
+Of the paper's 100 twins it writes 85 as they did; 8 it leaves to the prefix or out, 7 have another form ("can't").
+`shape` calls 4, 6 and 13 equal models (100 questions) anything but flat in 6, 6 and 7 of 100 tables. The 95 % interval
+of x0 held 95, 96 and 98 % in 300 tables (x0 inside, steep, beyond the sizes).
+
+What did not hold. s is no sigmoid in size: where "not" is rare it is ever better ignored (.191, .078, .038, .001).
+Single seeds differ where s turns (.48 to .64 at 104,898). `wilson` and χ² take questions as independent; the public set
+repeats 278 texts. The paper's fine-tuning of GPT-2 is not here. We did not ask the paper's models.
+
+Ours, not the paper's: the laboratory, the 204 built-in questions, the rule that names a shape, the fit, --debias.
+
+Try: --seed 3 (three other seeds): the U is .370, .184, .518, .669, in 3 of 3 seeds; the prediction errs by .058.
+TRY800
+In `compose_`, 0.5 + 0.5 / (1 + …) for s, so a2 where s belongs: no curve falls below ½, and inverse becomes flat.
+"""
 
 import argparse
 import ast
@@ -197,8 +260,8 @@ SUBORDINATORS = WH | set("that while if because although though how why".split()
 PREPOSITIONS = set("""to of in on at for with by from into onto over under about like than as through during between
 against near since until after before""".split())
 NO_VERB_AFTER = PREPOSITIONS | set("""a an the and or its their his her our your my this these those any more less
-very so such be been being and or but has have had is are was
-were can could will would should may might must does do did tin trash""".split())
+very so such be been being and or but has have had is are was were can could will would should may might must does do
+did tin trash""".split())
 VERBS = """absorb accept add admit affect agree allow announce appear apply argue arrive ask attend attract avoid
 become begin believe belong bite blow boil borrow breathe bring build burn buy call carry catch cause change chase
 choose climb collect come compare compete complain conduct confirm connect consider consist consume contain contribute
@@ -244,7 +307,7 @@ class Negator:
     (None, why it was left out, False).
 
     The paper's rules, on whole words of the last clause: gold/not, gold/un-in- (negative already: it stays, and so does
-    the answer); because → not because; the finite auxiliary; the finite verb of a table of 170 (the paper has a parser
+    the answer); because → not because; the finite auxiliary; the finite verb of a table of 263 (the paper has a parser
     here); or, before what is no question, a sentence that asks for the wrong answer. The last is also what happens
     where anything makes the verb doubtful; a doubtful question is left out, and so are how, why, and yes or no.
     Contracted ("isn't") and full forms take turns, by rule; "Where does the Nile" has only the contracted one.
@@ -286,7 +349,7 @@ class Negator:
                 return i
 
     def __call__(self, text):
-        clause = re.search(r"([^,.?!;:]*\w[^,.?!;:]*)[\W_]*$", text) if re.search(r"[^\W_]", text) else None
+        clause = re.search(r"[^,.?!;:]*[^\W_][^,.?!;:]*[\W_]*$", text)  # the last that has a word
         if not clause:
             return None, "no words", False
         words = list(re.compile(r"[\w'’-]*[^\W_][\w'’-]*").finditer(text, clause.start()))
@@ -464,7 +527,8 @@ def as_row(entry, where, most=2):
 
     Read are question, choices (a list) and answer (an index from 0, a letter, or the choice's text); OpenBookQA in
     both its forms; the Inverse Scaling Prize's prompt, classes, answer_index. What can be read in two ways is
-    refused, by a line that says where. """
+    refused, by a line that says where.
+    """
     if not isinstance(entry, dict):
         fail(f"{where}: not a question but {str(entry)[:60]!r}")
     if {"prompt", "answer_index"} <= entry.keys():
@@ -481,7 +545,7 @@ def as_row(entry, where, most=2):
         if isinstance(options, dict):
             options = [dict(label=label, text=text) for label, text in zip(options["label"], options["text"])]
         labelled = bool(options) and isinstance(options[0], dict)
-        labels = [option["label"] for option in options] if labelled else "ABCDEFGH"
+        labels = [str(option["label"]) for option in options] if labelled else "ABCDEFGH"
         options = [str(option["text"] if labelled else option).strip() for option in options]
     except (ValueError, SyntaxError, KeyError, TypeError):
         fail(f'{where}: choices must be a list as ["one", "two"], not {str(options)[:60]!r}')
@@ -557,19 +621,25 @@ def draw(table, rng, share, size):
     return torch.stack([subject, SUBJECTS + attribute, adverb], -1), table[subject, attribute] ^ negated
 
 
+def measure(said, tables):
+    """Answers to every sentence (models, subject, attribute, adverb), "not" last, and the truth (models, subject,
+    attribute) → t1, s, NeQA, a tensor (3, models). s is measured on the even subjects and the other two on the odd
+    ones, so that compose(t1, s) is a prediction and not an identity."""
+    true, plain, negated = tables[..., None], said[..., :-1], said[..., -1:]
+    shares = (plain == true)[:, 1::2], (plain != negated)[:, ::2], (negated != true)[:, 1::2]
+    return torch.stack([share.double().mean((1, 2, 3)) for share in shares])
+
+
 def train(d, models, steps, quiet=True, batch=256):
     """Train a Reader of width d for each (share of "not", seed) of models, side by side: the loss is the sum of
-    theirs, so none knows of the others, and each has its own stream of sentences → t1, s, NeQA, a tensor (3, models).
-
-    They are exact, over all attributes and fillers. s is measured on the even subjects and the other two on the odd
-    ones, so that compose(t1, s) is a prediction and not an identity."""
+    theirs, so none knows of the others, and each has its own stream of sentences → what `measure` finds."""
     readers, streams, tables = [], [], []
     for share, seed in models:
         torch.manual_seed(seed)
         tables.append(torch.randint(2, (SUBJECTS, ATTRIBUTES)))
         readers.append(Reader(d))
         streams.append(draw(tables[-1], torch.Generator().manual_seed(seed * 1000 + d), share, (steps, batch)))
-    sentences, labels = (torch.stack(part, 1)for part in zip(*streams))  # (steps, models, batch, …)
+    sentences, labels = (torch.stack(part, 1) for part in zip(*streams))  # (steps, models, batch, …)
     weights = {name: w.detach().requires_grad_() for name, w in stack_module_state(readers)[0].items()}
     bare = Reader(d).to("meta")
     say = vmap(lambda w, x: functional_call(bare, w, x))
@@ -585,10 +655,7 @@ def train(d, models, steps, quiet=True, batch=256):
                                  torch.arange(SUBJECTS + ATTRIBUTES, NOT + 1))
     with torch.no_grad():
         said = say(weights, every.expand(len(models), -1, -1)).argmax(-1)
-    said = said.unflatten(1, (SUBJECTS, ATTRIBUTES, FILLERS + 1))
-    true, plain, negated = torch.stack(tables)[..., None], said[..., :-1], said[..., -1:]
-    shares = (plain == true)[:, 1::2], (plain != negated)[:, ::2], (negated != true)[:, 1::2]
-    return torch.stack([share.double().mean((1, 2, 3)) for share in shares])
+    return measure(said.unflatten(1, (SUBJECTS, ATTRIBUTES, FILLERS + 1)), torch.stack(tables))
 
 
 # ==================================================================================== the same in every file
@@ -664,7 +731,7 @@ def figure(path, args, draw, size=(7, 4.5)):
     print(path)
 
 
-# ==================================================================================== the same in every file that asks a server
+# ============================================================================ the same in every file that asks a server
 
 OVERFLOW = re.compile(r"(?i)context.{0,40}(length|window|size)|too long|reduce the length|length is \d+ while limit|"
                       r"exceed.{0,60}(token|length|limit|context)|max_new_tokens.{0,20}must be")  # as vendors word it
@@ -799,7 +866,7 @@ def ask(args, groups, **more):
 
 # ==================================================================================== the experiments
 
-SHARES, WIDTHS = (0.0003, 0.03, 0.3), (4, 8, 16, 32, 64)  # of sentences with "not"; of the laboratory's models
+SHARES, WIDTHS = (0.0003, 0.02, 0.3), (8, 16, 32, 64)  # of sentences with "not"; of the laboratory's models
 TASKS, UNREAD = ("neqa", "task1", "task2"), ("failed", "empty", "cut", "no letter")
 
 
@@ -827,9 +894,9 @@ def lab(args):
             ax.plot(sizes, neqa[i].T, color=f"C{i}", lw=0.6, alpha=0.5)
             ax.plot(sizes, neqa[i].mean(0), "o-", color=f"C{i}", label=f'"not" in {share:.2%}: {names[i]}')
             ax.plot(sizes, predicted[i].mean(0), "--", color=f"C{i}")
-        ax.plot(sizes, t1.mean((0, 1)), "k:", label='task 1 (mean): the same sentences without "not"')
+        ax.plot(sizes, t1.mean((0, 1)), "k:", label='sentences without "not" (task 1)')
         ax.set(xscale="log", xlabel="parameters", ylabel="accuracy (dashed: predicted; thin: each seed)", ylim=(0, 1))
-        ax.legend(fontsize=8)
+        fig.legend(loc="outside upper center", ncols=2)
 
     figure(args.out / "lab.png", args, draw_lab)
 
@@ -846,7 +913,7 @@ def compose_(args):
 
 
 def question(row, i, task, args):
-    """→ (prompts of row i: one, or with --debias a second with the choices the other way round, its right letter). """
+    """→ (prompts of row i: one, or with --debias a second with the choices the other way round, its right letter)."""
     prompts, right = [], row["answer"] ^ (task == "task1")  # without the negation it is the other choice
     for order in range(2 if args.debias else 1):
         if task == "task2":
@@ -894,6 +961,8 @@ def eval_(args):
     more = dict(logprobs=5) if args.api == "completions" else dict(logprobs=True, top_logprobs=20)
     asked = [(task, i, *question(row, i, task, args)) for task in TASKS for i, row in enumerate(rows)
              if row["plain"] or task == "neqa"]
+    if score == "logprob" and not args.dry_run:
+        first_token(ask(args, [asked[0][2]], **more)[0][0].get("logprobs"))  # are there any? before all is asked
     answers = ask(args, [prompts for *_, prompts, _ in asked], **more if score == "logprob" else {})
     picks = {(task, i): (judge(got, score), right) for (task, i, _, right), got in zip(asked, answers)}
     with open(args.out / "answers.csv", "w", encoding="utf-8", newline="") as file:
@@ -911,8 +980,8 @@ def eval_(args):
             tasks[task] = dict(zip(columns, counted), k=k)
     print_table(["task", *columns], [(task, *(found[key] for key in columns)) for task, found in tasks.items()])
     twins = sum(bool(row["plain"]) for row in rows)
-    print(f"{twins} of {len(rows)} questions have a plain twin. low, high: 95 % (Wilson). "
-          "undefined: more than one answer in twenty cannot be read; see answers.csv (--max_tokens: room to think)")
+    print(f"{twins} of {len(rows)} questions have a plain twin. low, high: 95 % (Wilson). undefined: more than one "
+          "answer in twenty cannot be read; see answers.csv (--max_tokens gives room to think)")
     both = [(*pick, *picks["neqa", i]) for (task, i), pick in picks.items() if task == "task1"]
     both = np.array([letters for letters in both if set(letters) <= {"A", "B"}])
     if len(both):
@@ -933,7 +1002,7 @@ def eval_(args):
 
 def negate(args):
     """Negate your own questions: rows of question, choices and answer become what eval takes, of two choices each."""
-    negator, rng, made, dropped, rules = Negator(), np.random.default_rng(args.seed), [], [], Counter()
+    negator, rng, made, dropped = Negator(), np.random.default_rng(args.seed), [], []
     for i, entry in enumerate(read_table(args.file), 1):
         row = as_row(entry, f"{args.file}, row {i}", most=8)
         question, rule, turned = negator(row["question"])
@@ -946,7 +1015,7 @@ def negate(args):
         answer = 1 - len(made) % 2  # B and A in turn
         made.append(dict(question=question, choices=[other, right] if answer else [right, other], answer=answer,
                          plain=row["question"] if turned else None, rule=rule))
-        rules[rule] += 1
+    rules = Counter(row["rule"] for row in made)
     (args.out / "negated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), "utf-8")
     print_table(["rule", "questions"], rules.most_common())
     print(*(row["question"] for row in made[:8]), f"{len(dropped)} left out", *dropped[:8], sep="\n")

@@ -1,5 +1,5 @@
-"""neqa.py: the composition and its statistics, the authors' prompts, the negator, other people's files, the laboratory, and
-evals of readers of known ability behind a server that runs in this process."""
+"""neqa.py: the composition and its statistics, the authors' prompts, the negator, other people's files, the laboratory,
+and evals of readers of known ability behind a server that runs in this process."""
 
 import csv
 import gzip
@@ -8,9 +8,6 @@ import json
 import math
 import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,7 +20,6 @@ import torch
 import neqa
 from neqa import Negator, build_prompt, build_task2, builtin_rows, compose, read_letter, shape
 
-HOUSE = Path(neqa.__file__).parent
 DATA = Path(os.environ.get("NANOPAPERS_TEST_DATA", "")) / "neqa"
 needs_data = pytest.mark.skipif("NANOPAPERS_TEST_DATA" not in os.environ, reason="NANOPAPERS_TEST_DATA is not set")
 
@@ -53,12 +49,13 @@ def refused(capsys, *words):
     return said
 
 
-# --------------------------------------------------------------------------------------------------------- the mathematics
+# ------------------------------------------------------------------------------------------------------ the mathematics
 
 
 def test_composition():
     t1, x = np.linspace(0, 1, 11), np.linspace(-10, 10, 100)
-    assert np.allclose(compose(t1, 0), 1 - t1) and np.allclose(compose(t1, 1), t1) and np.allclose(compose(t1, 0.5), 0.5)
+    assert np.allclose(compose(t1, 0), 1 - t1) and np.allclose(compose(t1, 1), t1)
+    assert np.allclose(compose(t1, 0.5), 0.5)
     s = 1 / (1 + np.exp(-x))
     y = compose(0.75 + 0.025 * x, s)  # the paper's simulation
     assert round(y.min(), 5) == 0.34050 and round(x[y.argmin()], 4) == -2.7273 and round(y[-1], 5) == 0.99995
@@ -70,15 +67,6 @@ def test_composition():
     assert gap > 0.1 and abs(neqa.covariance_term(right, turned) - gap) < 1e-12
 
 
-def test_wilson_covers():
-    for p in (0.02, 0.3, 0.98):
-        k = np.arange(101)
-        chance = np.array([math.comb(100, i) * p**i * (1 - p) ** (100 - i) for i in k])
-        inside = [low <= p <= high for low, high in (neqa.wilson(int(i), 100) for i in k)]
-        assert 0.93 < chance[inside].sum()
-    assert np.allclose(neqa.wilson(0, 10), (0, 0.2775), atol=1e-4)
-
-
 def test_equal_p_against_scipy():
     stats = pytest.importorskip("scipy.stats")
     k, n = np.array([54, 54, 36, 33]), np.array([100, 120, 100, 90])
@@ -87,10 +75,11 @@ def test_equal_p_against_scipy():
 
 
 @pytest.mark.parametrize("y, n, name", [
-    ([0.46, 0.38, 0.12, 0.01], None, "inverse"), ([0.45, 0.39, 0.39, 0.84], None, "U"), ([0.5, 0.6, 0.99], None, "positive"),
-    ([0.5, 0.52, 0.5], None, "flat"), ([0.5, 0.8, 0.55], None, "inverted U"), ([0.4, 0.06, 0.1, 0.01], None, "inverse"),
-    ([0.54, 0.54, 0.36, 0.33], 100, "inverse"), ([0.54, 0.5, 0.45, 0.47], 100, "flat"), ([0.6, 0.3, 0.9], 100, "U"),
-    ([0.45, 0.39, 0.84], 100, "positive"), ([0.5, 0.5, 0.5], 100, "flat"),
+    ([0.46, 0.38, 0.12, 0.01], None, "inverse"), ([0.45, 0.39, 0.39, 0.84], None, "U"),
+    ([0.5, 0.6, 0.99], None, "positive"), ([0.5, 0.52, 0.5], None, "flat"), ([0.5, 0.8, 0.55], None, "inverted U"),
+    ([0.4, 0.06, 0.1, 0.01], None, "inverse"), ([0.54, 0.54, 0.36, 0.33], 100, "inverse"),
+    ([0.54, 0.5, 0.45, 0.47], 100, "flat"), ([0.6, 0.3, 0.9], 100, "U"), ([0.45, 0.39, 0.84], 100, "positive"),
+    ([0.5, 0.5, 0.5], 100, "flat"),
 ])
 def test_shape(y, n, name):
     assert shape(y, n) == name
@@ -109,18 +98,16 @@ def test_equal_models_have_no_shape(m):
 def test_fit_finds_what_made_the_data_and_its_interval_covers():
     x, n, rng = np.linspace(8, 10.5, 6), np.full(6, 200), np.random.default_rng(1)
     t1, s = 0.55 + 0.15 * (x - 8), 1 / (1 + np.exp(-4 * (x - 9.4)))
-    inside = []
-    for _ in range(60):
-        right = {"task1": rng.binomial(n, t1), "task2": rng.binomial(n, 0.5 + s / 2)}
-        fitted1, fitted_s, x0, (low, high) = neqa.fit_curves(x, right, {"task1": n, "task2": n})
-        inside.append(low <= 9.4 <= high)
-    assert 53 <= sum(inside) and high - low < 1.5
-    right = {"task1": 1e6 * t1, "task2": 1e6 * (0.5 + s / 2)}
-    fitted1, fitted_s, x0, interval = neqa.fit_curves(x, right, {task: np.full(6, 1e6) for task in right})
-    assert abs(x0 - 9.4) < 0.02 and np.abs(fitted1(x) - t1).max() < 0.01 and np.abs(fitted_s(x) - s).max() < 0.02
+    tables = [(rng.binomial(n, t1), rng.binomial(n, 0.5 + s / 2)) for _ in range(60)]
+    fits = [neqa.fit_curves(x, dict(task1=k1, task2=k2), dict(task1=n, task2=n)) for k1, k2 in tables]
+    assert 53 <= sum(low <= 9.4 <= high for *_, (low, high) in fits)
+    assert np.mean([high - low for *_, (low, high) in fits]) < 1
+    exact = neqa.fit_curves(x, dict(task1=1e6 * t1, task2=1e6 * (0.5 + s / 2)), dict(task1=np.full(6, 1e6),
+                                                                                     task2=np.full(6, 1e6)))
+    assert abs(exact[2] - 9.4) < 0.02 and np.abs(exact[0](x) - t1).max() < 0.01 and np.abs(exact[1](x) - s).max() < 0.02
 
 
-# ------------------------------------------------------------------------------------------------------ prompts and letters
+# -------------------------------------------------------------------------------------------------- prompts and letters
 
 
 def digest(text):
@@ -134,7 +121,8 @@ def test_prompts_to_the_byte(kind, expected):
 
 
 def test_task2_prompts_to_the_byte():
-    asked = [build_task2("Birds can", "Birds cannot", "fly", swap, hint) for swap in (False, True) for hint in (False, True)]
+    asked = [build_task2("Birds can", "Birds cannot", "fly", swap, hint) for swap in (False, True) for hint in (False,
+                                                                                                                True)]
     assert list(map(digest, asked)) == ["77aa581b05451693", "40ba1a6b1570c5ba", "cf2d801f9622ae9e", "6b765d628c9bd5ba"]
     with pytest.raises(ValueError, match="zeroshot"):
         build_prompt("oneshot", "?", ("a", "b"))
@@ -150,43 +138,53 @@ def test_letter_margin():
     (" B", 1), ("A", 0), ("Answer: A.", 0), ("(B)", 1), ("**B**", 1), ("B. bark", 1), ("A: fly", 0), ("I'd say A", 0),
     ("A penguin can't fly, so B", 1), ("A tricky one! The answer is B.", 1), ("So the answer is **A**.", 0),
     ("First …\n\nFor the plain question, we have A.\n\nSo the answer is **B**.", 1), ("Not A, so B", 1),
-    ("So the answer is A. No: so the answer is B.", 1), ("The correct option is \\boxed{A}", 0), ("answer is: (A) fly", 0),
-    (" B\nQuestion: Cats can\nA. fly\nB. purr\nAnswer: A", 1), ("Both A and B", None), ("A or B?", None), ("", None),
-    ("The answer is not A", None), ("I can't say", None), ("A bird is an animal", None), ("The answer is a bird", None),
+    ("So the answer is A. No: so the answer is B.", 1), ("The correct option is \\boxed{A}", 0),
+    ("answer is: (A) fly", 0), (" B\nQuestion: Cats can\nA. fly\nB. purr\nAnswer: A", 1), ("Both A and B", None),
+    ("A or B?", None), ("", None), ("The answer is not A", None), ("I can't say", None), ("A bird is an animal", None),
+    ("The answer is a bird", None),
 ])
 def test_read_letter(text, pick):
     assert read_letter(text) == pick
 
 
-# --------------------------------------------------------------------------------------------------------------- the negator
+# ---------------------------------------------------------------------------------------------------------- the negator
 
 
-@pytest.mark.parametrize("text, expected", [  # a tuple: contracted, in full; None: left out; "gold": unchanged; else the prefix
+# a tuple: contracted, in full; None: left out; "gold": unchanged; else the prefix
+@pytest.mark.parametrize("text, expected", [
     ("A candle is", ("A candle isn't", "A candle is not")), ("The waste of plants contains", "prompt"),
-    ("An area of forest can", ("An area of forest can't", "An area of forest can not")), ("It's made of", ("It's not made of",) * 2),
-    ("Where does the Nile begin?", ("Where doesn't the Nile begin?",) * 2), ("They're made of", ("They're not made of",) * 2),
-    ("Which bird eats fish?", ("Which bird doesn't eat fish?",) * 2), ("Who wrote Hamlet?", ("Who didn't write Hamlet?",) * 2),
+    ("An area of forest can", ("An area of forest can't", "An area of forest can not")),
+    ("It's made of", ("It's not made of",) * 2),
+    ("Where does the Nile begin?", ("Where doesn't the Nile begin?",) * 2),
+    ("They're made of", ("They're not made of",) * 2),
+    ("Which bird eats fish?", ("Which bird doesn't eat fish?",) * 2),
+    ("Who wrote Hamlet?", ("Who didn't write Hamlet?",) * 2),
     ("In which city was he born?", ("In which city wasn't he born?",) * 2), ("Why is the sky blue?", None),
     ("Is the sun hot?", None), ("How many legs does a spider have?", None), ("Who does the voice of Stewie?", None),
     ("May comes right after", ("May doesn't come right after", "May does not come right after")),
-    ("Since May the shop is", ("Since May the shop isn't", "Since May the shop is not")), ("Annelids do what", "prompt"),
-    ("A plant must have", ("A plant must not have",) * 2), ("It should be", ("It shouldn't be", "It should not be")),
-    ("She'll need", ("She'll not need",) * 2), ("A dog has", ("A dog doesn't have", "A dog does not have")),
-    ("A dog has eaten", "prompt"), ("The watering can leaks", "prompt"),
-    ("A can of soda", "prompt"), ("Some birds can", "prompt"), ("Dogs are animals and", "prompt"),
-    ("The boat was built of", ("The boat wasn't built of", "The boat was not built of")), ("Houses built of", "prompt"),
+    ("Since May the shop is", ("Since May the shop isn't", "Since May the shop is not")),
+    ("Annelids do what", "prompt"), ("A plant must have", ("A plant must not have",) * 2),
+    ("It should be", ("It shouldn't be", "It should not be")), ("She'll need", ("She'll not need",) * 2),
+    ("A dog has", ("A dog doesn't have", "A dog does not have")), ("A dog has eaten", "prompt"),
+    ("The watering can leaks", "prompt"), ("A can of soda", "prompt"), ("Some birds can", "prompt"),
+    ("Dogs are animals and", "prompt"),
+    ("The boat was built of", ("The boat wasn't built of", "The boat was not built of")),
+    ("Houses built of", "prompt"),
     ("Wet things that are warm are", ("Wet things that are warm aren't", "Wet things that are warm are not")),
     ("When it rains, plants grow", ("When it rains, plants don't grow", "When it rains, plants do not grow")),
-    ("Birds fly because", ("Birds fly not because",) * 2), ("Birds cannot", "gold"), ("Rain isn't", "gold"), ("Nobody is", "gold"),
-    ("It is unlikely that", "gold"), ("He ate", ("He didn't eat", "He did not eat")), ("J. R. Smith is", ("J. R. Smith isn't", "J. R. Smith is not")),
+    ("Birds fly because", ("Birds fly not because",) * 2), ("Birds cannot", "gold"), ("Rain isn't", "gold"),
+    ("Nobody is", "gold"), ("It is unlikely that", "gold"), ("He ate", ("He didn't eat", "He did not eat")),
+    ("J. R. Smith is", ("J. R. Smith isn't", "J. R. Smith is not")),
     ("Drums are made of ___?", ("Drums aren't made of ___?", "Drums are not made of ___?")), (" . ", None),
+    ("Birds fly. ___", ("Birds don't fly. ___", "Birds do not fly. ___")),
     ("Choose the incorrect answer. Rain is", "gold"),
 ])
 def test_negator(text, expected):
     negator = Negator()
     for turn in range(2):
         negated, rule, turned = negator(text)
-        wanted = {"prompt": neqa.PREFIXES[turn] + text, "gold": text, None: None}.get(expected) or expected and expected[turn]
+        wanted = {"prompt": neqa.PREFIXES[turn] + text, "gold": text,
+                  None: None}.get(expected) or expected and expected[turn]
         assert negated == wanted and turned == (expected not in ("gold", None))
         assert negated is None or Negator()(negated)[0] == negated  # never a second negation
 
@@ -194,20 +192,17 @@ def test_negator(text, expected):
 def test_builtin_questions():
     rows = builtin_rows()
     assert len(rows) == len({row["question"] for row in rows}) == 204 and sum(row["answer"] for row in rows) == 102
+    negative = r"\bnot\b|n't\b|incorrect|rarely|unable|unusual|unlikely|incapable|never|Nobody|no$|impossible"
     for row in rows:
-        right, other = row["choices"][row["answer"]], row["choices"][1 - row["answer"]]
-        assert row["plain"] != row["question"] and right != other
+        right = row["choices"][row["answer"]]
+        assert re.search(negative, row["question"]) and not re.search(negative, row["plain"]), row
         assert right.lower() not in row["plain"].lower().split(), row  # 12 rows offered the subject itself
-        assert len(re.findall(r"\bnot\b|n't\b|incorrect|rarely|un\w+|incapable|never|Nobody|no$|impossible", row["question"])), row
-    plain = {row["plain"]: row for row in rows}
-    assert plain["May comes right after"]["question"] in ("May doesn't come right after", "May does not come right after")
-    assert "Paris" == plain["The capital of France is"]["choices"][1 - plain["The capital of France is"]["answer"]]
-    doubtful = {("A candle gives people", "heat"), ("Birds can", "swim"), ("Bakers can", "crawl"),
-                ("A thing made of rubber would be", "soft"), ("A thing made of steel would be", "stiff")}
-    assert not doubtful & {(row["plain"], row["choices"][row["answer"]]) for row in rows}
+    may = next(row for row in rows if row["plain"] == "May comes right after")  # was "May not comes"
+    assert may["question"] in ("May doesn't come right after", "May does not come right after")
+    assert rows[0]["plain"] == "The capital of France is" and rows[0]["choices"][1 - rows[0]["answer"]] == "Paris"
 
 
-# ------------------------------------------------------------------------------------------------------- other people's files
+# ------------------------------------------------------------------------------------------------- other people's files
 
 ROW = dict(question="Birds can", choices=["fly", "bark"], answer=0)
 
@@ -219,7 +214,8 @@ def write(name, content, encoding="utf-8"):
 
 @pytest.mark.parametrize("entry", [
     ROW, {**ROW, "answer": "A"}, {**ROW, "answer": "fly"}, {**ROW, "answer": "0"}, {**ROW, "metadata": ["odd"]},
-    dict(question=dict(stem="Birds can", choices=[dict(text="fly", label="A"), dict(text="bark", label="B")]), answerKey="A"),
+    dict(question=dict(stem="Birds can", choices=[dict(text="fly", label="A"), dict(text="bark", label="B")]),
+         answerKey="A"),
     dict(question_stem="Birds can", choices=dict(text=["fly", "bark"], label=["1", "2"]), answerKey="1"),
     dict(prompt=build_prompt("zeroshot", "Birds can", ("fly", "bark")), classes="[' A', ' B']", answer_index="0"),
     {**ROW, "choices": "['fly', 'bark']"},
@@ -233,21 +229,25 @@ def test_files_as_people_have_them():
     plain = json.dumps(ROW)
     cells = "question;choices;answer\r\nBirds can;\"['fly', 'bark']\";0\r\n"
     packed = gzip.compress(plain.encode())
-    for name, content in dict({"bom.jsonl": "\ufeff" + plain + "\r\n\r\n", "a.csv": "\ufeff" + cells, "b.jsonl.gz": packed,
+    for name, content in dict({"bom.jsonl": "\ufeff" + plain + "\r\n\r\n", "a.csv": "\ufeff" + cells,
+                               "b.jsonl.gz": packed,
                                "c.tsv": cells.replace(";", "\t")}).items():
         row, = neqa.read_rows(write(name, content))
         assert (row["question"], row["choices"], row["answer"], row["plain"]) == ("Birds can", ["fly", "bark"], 0, None)
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", json.dumps({**ROW, "choices": ["x", "y", "z"]}), "a.jsonl, row 1: a question of NeQA has two different choices"),
-    ("b.jsonl", json.dumps(ROW) + "\n" + json.dumps({**ROW, "answer": 2}), "b.jsonl, row 2: the answer 2 must mean one of ['fly', 'bark']"),
+    ("a.jsonl", json.dumps({**ROW, "choices": ["x", "y", "z"]}), "row 1: a question of NeQA has two different"),
+    ("b.jsonl", json.dumps(ROW) + "\n" + json.dumps({**ROW, "answer": 2}),
+     "b.jsonl, row 2: the answer 2 must mean one of ['fly', 'bark']"),
     ("c.csv", "question,choices,answer\nHow many?,\"['1', '2']\",1\n", "c.csv, row 1: the answer '1' must mean one of"),
-    ("d.jsonl", json.dumps({**ROW, "question": " "}), "row 1: no question"), ("e.jsonl", "{", "is not what its name says"),
-    ("f.jsonl", "", "holds no question"), ("g.jsonl", "[1, 2]", "row 1: not a question but"), ("h.csv", "a,b\n1,2\n", "choices must"),
+    ("d.jsonl", json.dumps({**ROW, "question": " "}), "row 1: no question"),
+    ("e.jsonl", "{", "is not what its name says"), ("f.jsonl", "", "holds no question"),
+    ("g.jsonl", "[1, 2]", "row 1: not a question but"), ("h.csv", "a,b\n1,2\n", "choices must"),
     ("i.csv", "question,choices,answer\nm\xe4h,\"['a', 'b']\",0\n".encode("latin-1"), "not UTF-8 (byte 25)"),
-    ("j.csv", "prompt,classes,answer_index\nhello,\"[' A', ' B']\",0\n", "does not ask a question with the choices A and B"),
-    ("k.jsonl", json.dumps({**ROW, "choices": ["x", "x"]}), "two different choices"), ("l.jsonl.gz", b"\x1f\x8b\x08", "l.jsonl.gz"),
+    ("j.csv", "prompt,classes,answer_index\nhello,\"[' A', ' B']\",0\n", "does not ask a question with the choices"),
+    ("k.jsonl", json.dumps({**ROW, "choices": ["x", "x"]}), "two different choices"),
+    ("l.jsonl.gz", b"\x1f\x8b\x08", "l.jsonl.gz"),
 ])
 def test_files_that_are_refused(capsys, name, content, message):
     write(name, content)
@@ -260,9 +260,11 @@ def test_the_published_files():
     assert len(rows) == 1718 and sum(row["answer"] for row in rows) == 859
     assert len(neqa.read_rows(DATA / "sample_not_be_300.csv")) == 300
     twins = neqa.read_rows(DATA)
-    prompts = [build_task2(*row["normalized"], row["choices"][1 - row["answer"]], i % 2 == 1) for i, row in enumerate(twins)]
+    prompts = [build_task2(*row["normalized"], row["choices"][1 - row["answer"]], i % 2 == 1) for i,
+               row in enumerate(twins)]
     assert digest("".join(prompts)) == "4f1f69ef2cd21897"
-    assert digest("".join(build_prompt("zeroshot", row["question"], row["choices"]) for row in twins)) == "6208b46d716dbc37"
+    assert digest("".join(build_prompt("zeroshot", row["question"],
+                                       row["choices"]) for row in twins)) == "6208b46d716dbc37"
 
 
 def test_the_four_files_of_the_100(capsys):
@@ -276,7 +278,7 @@ def test_the_four_files_of_the_100(capsys):
     assert "no twins, row by row" in refused(capsys, "eval", "--model", "m", "--data", ".")
 
 
-# ------------------------------------------------------------------------------------------------------------- the laboratory
+# ------------------------------------------------------------------------------------------------------- the laboratory
 
 
 def test_models_side_by_side_are_models_alone():
@@ -287,11 +289,20 @@ def test_models_side_by_side_are_models_alone():
 
 
 def test_the_world():
-    table = torch.randint(2, (40, 20), generator=torch.Generator().manual_seed(1))
+    table = torch.randint(2, (40, 20))
     sentences, labels = neqa.draw(table, torch.Generator().manual_seed(2), 0.3, (20_000,))
-    negated = sentences[:, 2] == neqa.NOT
-    assert abs(negated.double().mean() - 0.3) < 0.02 and sentences[~negated, 2].min() == 60 and sentences[~negated, 2].max() == 75
-    assert torch.equal(labels, table[sentences[:, 0], sentences[:, 1] - 40] ^ negated)
+    subject, attribute, adverb = sentences.T
+    assert torch.equal(labels, table[subject, attribute - 40] ^ (adverb == neqa.NOT))
+    assert set(adverb.tolist()) == {*range(60, 77)}
+    assert abs((adverb == neqa.NOT).double().mean() - 0.3) < 0.02
+
+
+def test_s_is_measured_on_other_subjects_than_the_score():
+    """On the same it would be an identity, and the composition no prediction."""
+    true = torch.randint(2, (1, 4, 3))
+    said = true[..., None].repeat(1, 1, 1, 3)  # all is known, "not" is not heard …
+    said[:, ::2, :, -1] ^= 1  # … but of the even subjects
+    assert neqa.measure(said, true).flatten().tolist() == [1, 1, 0]
 
 
 def test_rare_not_is_ignored_and_common_not_is_learnt():
@@ -310,7 +321,7 @@ def test_default_run_in_small(capsys, monkeypatch):
     out, found = tool(capsys, "--steps", 4, "--seeds", 2, "--quiet")
     assert "predicted" in out and Path("out/neqa/lab/lab.png").is_file() and np.shape(found["neqa"]) == (3, 2, 3)
     assert np.allclose(found["predicted"], compose(np.array(found["t1"]), np.array(found["s"])))
-    assert found["sizes"] == [798, 1508, 2362]
+    assert found["sizes"] == [798, 1484, 2362]
 
 
 # ------------------------------------------------------------------------------------------------------------- evals
@@ -318,8 +329,8 @@ def test_default_run_in_small(capsys, monkeypatch):
 
 @contextmanager
 def server(answer):
-    """An OpenAI-compatible server in this process → (its address, the prompts that it got). answer(prompt, body) → the text
-    that it writes, or a dict: fields of the choice beside the text."""
+    """An OpenAI-compatible server in this process → (its address, the prompts that it got). answer(prompt, body) → the
+    text that it writes, or a dict: fields of the choice beside the text."""
     prompts = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -354,8 +365,8 @@ def luck(text, n):
 
 
 def reader(t1, s, rows, style=str):
-    """Knows the plain answer of a share t1 of the questions, turns it on a share s of the negated ones, and sees that the two
-    of task 2 differ with (1 + s)/2. style: its letter → what it says."""
+    """Knows the plain answer of a share t1 of the questions, turns it on a share s of the negated ones, and sees that
+    the two of task 2 differ with (1 + s)/2. style: its letter → what it says."""
     gold = {row["plain"]: row["choices"][1 - row["answer"]] for row in rows}
     plain = {row["question"]: row["plain"] for row in rows} | {text: text for text in gold}
 
@@ -382,9 +393,11 @@ def chat_logprobs(letter):
 
 
 @pytest.mark.parametrize("words, style", [
-    (["--api", "completions"], logprobs), (["--score", "logprob"], chat_logprobs), (["--api", "completions", "--debias"], logprobs),
+    (["--api", "completions"], logprobs), (["--score", "logprob"], chat_logprobs), (["--api", "completions",
+                                                                                     "--debias"], logprobs),
     ([], lambda letter: f"<think>A or B?</think>**{letter}**. So much for that."),
-    (["--prompt", "cot"], lambda letter: f"Let's think step-by-step.\n\nFor the plain one, we have A.\n\nSo the answer is **{letter}**."),
+    (["--prompt", "cot"],
+     lambda letter: f"Let's think step-by-step.\n\nFor the plain one, we have A.\n\nSo the answer is **{letter}**."),
 ])
 def test_eval_finds_a_known_reader(capsys, words, style):
     rows = builtin_rows()
@@ -393,7 +406,8 @@ def test_eval_finds_a_known_reader(capsys, words, style):
         tasks = found["tasks"]
         knows = [luck(row["plain"], 0) <= 0.8 for row in rows]
         turns = [luck(row["plain"], 1) < 0.3 for row in rows]
-        assert tasks["task1"]["accuracy"] == np.mean(knows) and tasks["neqa"]["accuracy"] == np.mean(np.equal(knows, turns))
+        assert tasks["task1"]["accuracy"] == np.mean(knows)
+        assert tasks["neqa"]["accuracy"] == np.mean(np.equal(knows, turns))
         assert tasks["twins"]["s"] == np.mean(turns) and tasks["twins"]["n"] == 204
         gap = tasks["neqa"]["accuracy"] - compose(np.mean(knows), np.mean(turns))
         assert tasks["twins"]["cov"] == pytest.approx(gap, abs=1e-12)
@@ -402,23 +416,21 @@ def test_eval_finds_a_known_reader(capsys, words, style):
         tool(capsys, "eval", "--model", "m-7b", "--base_url", url, "--quiet", *words)
         assert len(prompts) == 204 * 3 * (1 + ("--debias" in words))  # a second run asks nothing
     told = list(csv.DictReader(open(next(Path("out/neqa").glob("eval-m-7b-*")) / "answers.csv", encoding="utf-8")))
-    assert len(told) == 612 and sum(line["pick"] == line["right"] for line in told if line["task"] == "task1") == sum(knows)
+    assert len(told) == 612
+    assert sum(line["pick"] == line["right"] for line in told if line["task"] == "task1") == sum(knows)
 
 
 def test_debias_takes_out_a_preference_for_a_letter(capsys):
-    def answer(prompt, body):  # prefers A by 3, the right choice by 1
-        first = re.findall(r"\nA\. (.*)\n", prompt)[-1] in ("bark", "different")
-        return dict(text="A", logprobs=dict(top_logprobs=[{" A": -0.1, " B": -3.1 + (1 if not first else -1)}]))
+    known = reader(1, 1, builtin_rows(), lambda letter: -1.0 if letter == "A" else 1.0)  # right by 1, and A by 3
 
-    rows = [dict(ROW, question=f"Bird {i} can't", answer=int(i % 2 == 0), choices=["fly", "bark"][:: 1 if i % 2 == 0 else -1],
-                 plain=f"Bird {i} can") for i in range(20)]
-    write("own.jsonl", "\n".join(map(json.dumps, rows)))
+    def answer(prompt, body):
+        return dict(text="A", logprobs=dict(top_logprobs=[{" A": -0.1, " B": -3.1 + known(prompt, body)}]))
+
     with server(answer) as (url, _):
-        plain = tool(capsys, "eval", "--model", "m", "--base_url", url, "--api", "completions", "--data", "own.jsonl", "--quiet")[1]
-        both = tool(capsys, "eval", "--model", "m", "--base_url", url, "--api", "completions", "--data", "own.jsonl", "--quiet",
-                    "--debias")[1]
-    assert plain["tasks"]["neqa"]["accuracy"] == 0.5 and plain["tasks"]["neqa"]["says_a"] == 1
-    assert both["tasks"]["neqa"]["accuracy"] == both["tasks"]["task2"]["accuracy"] == 1 and both["tasks"]["neqa"]["says_a"] == 0.5
+        words = ["eval", "--model", "m", "--base_url", url, "--api", "completions", "--quiet", "--limit", 20]
+        plain, both = tool(capsys, *words)[1]["tasks"], tool(capsys, *words, "--debias")[1]["tasks"]
+    assert plain["neqa"]["accuracy"] == 0.5 and plain["neqa"]["says_a"] == 1
+    assert both["neqa"]["accuracy"] == both["task2"]["accuracy"] == 1 and both["neqa"]["says_a"] == 0.5
 
 
 @pytest.mark.parametrize("said, why", [
@@ -438,7 +450,8 @@ def test_no_log_probabilities_and_no_server(capsys):
         assert "--score text" in refused(capsys, *words)
         assert tool(capsys, *words, "--score", "text")[1]["tasks"]["neqa"]["says_a"] == 1
     with server(lambda prompt, body: dict(text="", status=401)) as (url, prompts):
-        assert "status 401" in refused(capsys, "eval", "--model", "m", "--base_url", url, "--quiet") and len(prompts) < 3
+        assert "status 401" in refused(capsys, "eval", "--model", "m", "--base_url", url, "--quiet")
+        assert len(prompts) < 3
     assert "127.0.0.1" in refused(capsys, "eval", "--model", "m", "--base_url", url, "--quiet")
 
 
@@ -458,62 +471,46 @@ def test_failed_calls_are_said_and_asked_again(capsys):
 def test_ones_own_rows_from_end_to_end(capsys):
     """question, choices, answer → negate → eval of three models → fit; one row is negative already."""
     facts = [f"Bird {i} can" for i in range(30)] + ["A bird is rarely"]
-    write("own.jsonl", "\n".join(json.dumps(dict(question=text, choices=["fly", "bark", "moo"], answer=0)) for text in facts))
+    write("own.jsonl", "\n".join(json.dumps(dict(question=text, choices=["fly", "bark", "moo"],
+                                                 answer=0)) for text in facts))
     out, found = tool(capsys, "negate", "own.jsonl")
     rows = neqa.read_rows("out/neqa/negate/negated.jsonl")
-    assert len(rows) == 31 and sum(row["plain"] is None for row in rows) == 1 and sum(row["answer"] for row in rows) in (15, 16)
-    assert rows[0]["question"] == "Bird 0 can't" and rows[0]["choices"][1 - rows[0]["answer"]] == "fly"  # the right one is now wrong
+    assert len(rows) == 31 and sum(row["plain"] is None for row in rows) == 1
+    assert sum(row["answer"] for row in rows) in (15, 16)
+    # the right one is now wrong
+    assert rows[0]["question"] == "Bird 0 can't" and rows[0]["choices"][1 - rows[0]["answer"]] == "fly"
     assert rows[30]["choices"][rows[30]["answer"]] == "fly"  # it keeps its answer
     files = []
     for size, t1, s in ((1e8, 0.6, 0.0), (1e9, 0.9, 0.0), (1e10, 1.0, 1.0)):
         known = reader(t1, s, [row for row in rows if row["plain"]])
         with server(lambda prompt, body, known=known: "A" if "rarely" in prompt else known(prompt, body)) as (url, _):
-            words = ["eval", "--model", f"m{size:g}", "--base_url", url, "--data", "out/neqa/negate/negated.jsonl", "--quiet"]
-            tool(capsys, *words)
-            out, found = tool(capsys, *words, "--size", size)
+            out, found = tool(capsys, "eval", "--model", "m", "--base_url", url, "--data",
+                              "out/neqa/negate/negated.jsonl",
+                              "--size", size, "--quiet", "--out", f"{size}")
         assert "30 of 31 questions have a plain twin" in out and found["tasks"]["task1"]["n"] == 30
-        files.append(next(Path("out/neqa").glob(f"eval-{re.sub(r'[^.0-9a-z-]+', '_', f'm{size:g}')}-*")) / "results.json")
-    out, found = tool(capsys, "fit", *files)
-    assert "U" in out and found["shape"] in ("U", "positive") and 9 < found["log10_x0"] < 10 and len(found["columns"]["NeQA, composed"]) == 3
-    del (json_ := json.loads(files[0].read_text()))["tasks"]["task1"]
-    files[0].write_text(json.dumps(json_))
-    assert "log10_x0" not in tool(capsys, "fit", *files)[1]  # the shape alone
+        files.append(f"{size}/results.json")
+    found = tool(capsys, "fit", *files)[1]
+    assert found["shape"] in ("U", "positive") and 9 < found["log10_x0"] < 10
+    assert len(found["columns"]["NeQA, composed"]) == 3
+    found = json.loads(Path(files[0]).read_text())
+    del found["tasks"]["task1"]
+    # the shape alone
+    assert "log10_x0" not in tool(capsys, "fit", write("no_twins.json", json.dumps(found)), *files[1:])[1]
+    sizeless = write("sizeless.json", json.dumps(found | dict(size=None)))
+    assert "sizeless.json: not the results.json of an eval with an accuracy and a size" in refused(capsys, "fit",
+                                                                                                   sizeless)
+    assert "2 sizes: a curve needs three" in refused(capsys, "fit", *files[:2])
 
 
-def test_killed_and_resumed():
-    rows, asked, gate = builtin_rows(), [], threading.Event()
-
-    def slow(prompt, body):
-        asked.append(prompt)
-        if len(asked) > 10:
-            gate.wait(60)
-        return reader(1, 0, rows)(prompt, body)
-
-    with server(slow) as (url, prompts):
-        command = [sys.executable, HOUSE / "neqa.py", "eval", "--model", "m", "--base_url", url, "--limit", "20", "--quiet",
-                   "--concurrency", "2", "--out", "o"]
-        job = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-        while len(asked) < 12:
-            assert job.poll() is None, job.stderr.read()
-            gate.wait(0.02)
-        job.send_signal(signal.SIGKILL)
-        job.wait()
-        gate.set()
-        kept = len(Path("o/answers.jsonl").read_text().split())
-        assert kept >= 9
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert len(set(prompts)) == 60 and len(prompts) <= 60 + 2  # those under way at the kill
-
-
-# ------------------------------------------------------------------------------------------------------------ users' mistakes
+# ------------------------------------------------------------------------------------------------------ users' mistakes
 
 
 @pytest.mark.parametrize("words, message", [
     (["eval"], "required: --model"), (["eval", "--model", "m", "--data", "nowhere"], "nowhere"),
     (["eval", "--model", "m", "--prompt", "cot", "--score", "logprob"], "read as text"),
-    (["eval", "--model", "m", "--debias"], "--debias reads log-probabilities"), (["--steps", 0], "--steps 0 must be above 0"),
-    (["eval", "--model", "m", "--steps", 3], "unrecognized arguments"), (["eval", "--model", "m", "--extra", "[]"], "--extra"),
+    (["eval", "--model", "m", "--debias"], "--debias reads log-probabilities"),
+    (["--steps", 0], "--steps 0 must be above 0"), (["eval", "--model", "m", "--steps", 3], "unrecognized arguments"),
+    (["eval", "--model", "m", "--extra", "[]"], "--extra"),
     (["eval", "--model", "m", "--prompt", "oneshot"], "invalid choice"), (["fit", "gone.json"], "gone.json"),
     (["fit", "own.jsonl"], "own.jsonl: not the results.json of an eval"), (["negate", "gone.jsonl"], "gone.jsonl"),
     (["train"], "invalid choice"), (["--seeds", "x"], "--seeds"),
@@ -521,20 +518,3 @@ def test_killed_and_resumed():
 def test_mistakes_end_in_one_line(capsys, words, message):
     write("own.jsonl", json.dumps(ROW))
     assert message in refused(capsys, *words)
-
-
-def test_fit_wants_sizes(capsys):
-    task = dict(n=10, k=5, accuracy=0.5)
-    for i, size in enumerate((None, 1e8, 1e9)):
-        write(f"{i}.json", json.dumps(dict(args=dict(model="m"), size=size, tasks=dict(neqa=task))))
-    assert "0.json: not the results.json of an eval with an accuracy and a size" in refused(capsys, "fit", "0.json", "1.json", "2.json")
-    assert "2 sizes: a curve needs three" in refused(capsys, "fit", "1.json", "2.json", "1.json")
-
-
-def test_a_real_server(capsys):
-    """NANOPAPERS_TEST_SERVER: the address of llama.cpp's Python server with --logits_all true."""
-    if "NANOPAPERS_TEST_SERVER" not in os.environ:
-        pytest.skip("NANOPAPERS_TEST_SERVER is not set")
-    found = tool(capsys, "eval", "--model", "m", "--base_url", os.environ["NANOPAPERS_TEST_SERVER"], "--api", "completions", "--limit", 3,
-                 "--extra", '{"logprobs": 50}', "--concurrency", 1, "--quiet")[1]
-    assert found["tasks"]["neqa"]["n"] == 3 and found["tasks"]["neqa"]["no letter"] == 0
