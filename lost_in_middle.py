@@ -295,7 +295,7 @@ def contexts(batch, n, generator):
 
 
 @torch.no_grad()
-def measure(model, n, seed, batch=400):
+def accuracy_by_place(model, n, seed, batch=400):
     """Asks for every pair of 400 contexts → accuracy (n,): all positions on the same contexts."""
     keys, values = contexts(batch, n, torch.Generator().manual_seed(10**6 + seed))
     times = n if model.query_first else 1  # where the context sees its query it can have only one
@@ -322,7 +322,7 @@ def train_reader(seed, steps, reader, n=16, test=16, ends=False, one=False, lr=2
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step in steps:
-            found[step] = measure(model, test, seed)
+            found[step] = accuracy_by_place(model, test, seed)
     return found
 
 # ==================================================================================== the same in every file

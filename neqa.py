@@ -494,7 +494,7 @@ impossible to cut with a knife | It is possible to cut with a knife: bread/the w
 
 
 def builtin_rows():
-    """204 questions of our own with plain twins → rows as of read_rows; answers B and A in turn, as the paper's."""
+    """204 questions of our own with plain twins → rows as of read_questions; answers B and A in turn, as theirs."""
     negator, rows = Negator(), []
     for table in TABLES.split("\n\n"):
         template, facts = table.split("\n", 1)
@@ -562,7 +562,7 @@ def as_row(entry, where, most=2):
     return dict(question=question.strip(), choices=options, answer=readings.pop(), plain=entry.get("plain"))
 
 
-def read_rows(data):
+def read_questions(data):
     """--data → rows as of as_row; the 100 with twins also have normalized: (plain, negated) without the slot."""
     if data == "builtin":
         return builtin_rows()
@@ -613,7 +613,7 @@ class Reader(nn.Module):
         return self.head(norm(x)[:, -1])
 
 
-def draw(table, rng, share, size):
+def draw_sentences(table, rng, share, size):
     """size sentences (*size, 3) and their truth (*size): the table's entry, turned where the adverb is "not"."""
     subject, attribute, adverb = (torch.randint(n, size, generator=rng) for n in (SUBJECTS, ATTRIBUTES, FILLERS))
     negated = torch.rand(size, generator=rng) < share
@@ -621,7 +621,7 @@ def draw(table, rng, share, size):
     return torch.stack([subject, SUBJECTS + attribute, adverb], -1), table[subject, attribute] ^ negated
 
 
-def measure(said, tables):
+def measure_reader(said, tables):
     """Answers to every sentence (models, subject, attribute, adverb), "not" last, and the truth (models, subject,
     attribute) → t1, s, NeQA, a tensor (3, models). s is measured on the even subjects and the other two on the odd
     ones, so that compose(t1, s) is a prediction and not an identity."""
@@ -638,7 +638,8 @@ def train(d, models, steps, quiet=True, batch=256):
         torch.manual_seed(seed)
         tables.append(torch.randint(2, (SUBJECTS, ATTRIBUTES)))
         readers.append(Reader(d))
-        streams.append(draw(tables[-1], torch.Generator().manual_seed(seed * 1000 + d), share, (steps, batch)))
+        rng = torch.Generator().manual_seed(seed * 1000 + d)
+        streams.append(draw_sentences(tables[-1], rng, share, (steps, batch)))
     sentences, labels = (torch.stack(part, 1) for part in zip(*streams))  # (steps, models, batch, …)
     weights = {name: w.detach().requires_grad_() for name, w in stack_module_state(readers)[0].items()}
     bare = Reader(d).to("meta")
@@ -655,7 +656,7 @@ def train(d, models, steps, quiet=True, batch=256):
                                  torch.arange(SUBJECTS + ATTRIBUTES, NOT + 1))
     with torch.no_grad():
         said = say(weights, every.expand(len(models), -1, -1)).argmax(-1)
-    return measure(said.unflatten(1, (SUBJECTS, ATTRIBUTES, FILLERS + 1)), torch.stack(tables))
+    return measure_reader(said.unflatten(1, (SUBJECTS, ATTRIBUTES, FILLERS + 1)), torch.stack(tables))
 
 
 # ==================================================================================== the same in every file
@@ -953,7 +954,7 @@ def judge(answers, score):
 
 def eval_(args):
     """Ask a server negated questions, their plain twins (task 1), and whether the two say the same (task 2)."""
-    rows = read_rows(args.data)[: args.limit]
+    rows = read_questions(args.data)[: args.limit]
     score = args.score or ("text" if args.api == "chat" or args.prompt == "cot" else "logprob")
     if score == "logprob" and args.prompt == "cot" or score == "text" and args.debias:
         fail("a chain of thought is read as text, and --debias reads log-probabilities (--score logprob)")

@@ -232,7 +232,7 @@ def test_files_as_people_have_them():
     for name, content in dict({"bom.jsonl": "\ufeff" + plain + "\r\n\r\n", "a.csv": "\ufeff" + cells,
                                "b.jsonl.gz": packed,
                                "c.tsv": cells.replace(";", "\t")}).items():
-        row, = neqa.read_rows(write(name, content))
+        row, = neqa.read_questions(write(name, content))
         assert (row["question"], row["choices"], row["answer"], row["plain"]) == ("Birds can", ["fly", "bark"], 0, None)
 
 
@@ -256,10 +256,10 @@ def test_files_that_are_refused(capsys, name, content, message):
 
 @needs_data
 def test_the_published_files():
-    rows = neqa.read_rows(DATA / "neqa.jsonl")
+    rows = neqa.read_questions(DATA / "neqa.jsonl")
     assert len(rows) == 1718 and sum(row["answer"] for row in rows) == 859
-    assert len(neqa.read_rows(DATA / "sample_not_be_300.csv")) == 300
-    twins = neqa.read_rows(DATA)
+    assert len(neqa.read_questions(DATA / "sample_not_be_300.csv")) == 300
+    twins = neqa.read_questions(DATA)
     prompts = [build_task2(*row["normalized"], row["choices"][1 - row["answer"]], i % 2 == 1) for i,
                row in enumerate(twins)]
     assert digest("".join(prompts)) == "4f1f69ef2cd21897"
@@ -272,7 +272,7 @@ def test_the_four_files_of_the_100(capsys):
     negated, other = {**ROW, "question": "Birds cannot", "answer": 1}, {**ROW, "answer": 1}
     for name, row in zip(names, (negated, ROW, ROW, negated)):
         write(name, json.dumps(row))
-    row, = neqa.read_rows(".")
+    row, = neqa.read_questions(".")
     assert row["plain"] == "Birds can" and row["normalized"] == ["Birds can", "Birds cannot"] and row["answer"] == 1
     write(names[1], json.dumps(other))
     assert "no twins, row by row" in refused(capsys, "eval", "--model", "m", "--data", ".")
@@ -290,7 +290,7 @@ def test_models_side_by_side_are_models_alone():
 
 def test_the_world():
     table = torch.randint(2, (40, 20))
-    sentences, labels = neqa.draw(table, torch.Generator().manual_seed(2), 0.3, (20_000,))
+    sentences, labels = neqa.draw_sentences(table, torch.Generator().manual_seed(2), 0.3, (20_000,))
     subject, attribute, adverb = sentences.T
     assert torch.equal(labels, table[subject, attribute - 40] ^ (adverb == neqa.NOT))
     assert set(adverb.tolist()) == {*range(60, 77)}
@@ -302,7 +302,7 @@ def test_s_is_measured_on_other_subjects_than_the_score():
     true = torch.randint(2, (1, 4, 3))
     said = true[..., None].repeat(1, 1, 1, 3)  # all is known, "not" is not heard …
     said[:, ::2, :, -1] ^= 1  # … but of the even subjects
-    assert neqa.measure(said, true).flatten().tolist() == [1, 1, 0]
+    assert neqa.measure_reader(said, true).flatten().tolist() == [1, 1, 0]
 
 
 def test_rare_not_is_ignored_and_common_not_is_learnt():
@@ -474,7 +474,7 @@ def test_ones_own_rows_from_end_to_end(capsys):
     write("own.jsonl", "\n".join(json.dumps(dict(question=text, choices=["fly", "bark", "moo"],
                                                  answer=0)) for text in facts))
     out, found = tool(capsys, "negate", "own.jsonl")
-    rows = neqa.read_rows("out/neqa/negate/negated.jsonl")
+    rows = neqa.read_questions("out/neqa/negate/negated.jsonl")
     assert len(rows) == 31 and sum(row["plain"] is None for row in rows) == 1
     assert sum(row["answer"] for row in rows) in (15, 16)
     # the right one is now wrong
