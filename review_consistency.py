@@ -189,7 +189,7 @@ def tetrachoric(cells):
     n = both + first + second + neither
     p1, p2 = (both + first) / n, (both + second) / n
     if not 0 < min(p1, p2) <= max(p1, p2) < 1:
-        return math.nan, math.nan, math.nan
+        return (math.nan,) * 3
     low, high = arbitrariness_interval(round(first + second), round(n - neither))
     shares = np.array([both / n, (1 - high) * (p1 + p2) / 2, (1 - low) * (p1 + p2) / 2])
     h1, h2 = normal_quantile(1 - p1), normal_quantile(1 - p2)
@@ -224,7 +224,8 @@ def arbitrariness(p, strength, family="normal"):
         return (1 - strength) * (1 - p)  # E[q²] = p² + κ·p·(1 − p)
     s = np.sinh(GRID)
     density = 1 / (1 + s * s) ** 2 if family == "t3 quality" else np.exp(-s * s / 2)  # t3, of variance 1
-    weight = density * np.cosh(GRID) / (density * np.cosh(GRID)).sum()
+    weight = density * np.cosh(GRID)
+    weight /= weight.sum()
 
     def chances(h):  # q of each quality s, (…, nodes)
         x = (math.sqrt(strength) * s - h[..., None]) / math.sqrt(1 - strength)
@@ -368,7 +369,7 @@ def shared(first, second, sizes, rng):
 def pearson(x, y):
     """Correlation with Fisher's 95 % interval → (r, low, high); nan where there is none."""
     if len(x) < 4 or np.ptp(x) * np.ptp(y) == 0:
-        return math.nan, math.nan, math.nan
+        return (math.nan,) * 3
     z, half = np.arctanh(np.corrcoef(x, y)[0, 1].clip(-1, 1)), 1.96 / math.sqrt(len(x) - 3)
     return tuple(np.tanh([z, z - half, z + half]).tolist())
 
@@ -480,10 +481,10 @@ def mapping(pairs, flag, allowed):
 def read_columns(path, rows, args, needed):
     """Rows under a header → [(line, {name: list of cells})]. Prints which column was taken as what."""
     named, taken, header = mapping(args.columns, "--columns", COLUMNS), {}, rows[0][1]
-    free = {name: pattern for name, pattern in COLUMNS.items() if name not in named.values()}
     for i, cell in enumerate(header):
-        fitting = [name for name, pattern in free.items() if re.fullmatch(pattern, cell, re.IGNORECASE)] or ["not used"]
-        taken.setdefault(named.get(cell.lower(), fitting[0]), []).append(i)
+        fitting = (name for name, pattern in COLUMNS.items()
+                   if name not in named.values() and re.fullmatch(pattern, cell, re.IGNORECASE))
+        taken.setdefault(named.get(cell.lower()) or next(fitting, "not used"), []).append(i)
     shown = (f"{name}: {', '.join(header[i] for i in found)}" for name, found in taken.items())
     print(f"{path}: {len(rows) - 1} rows;", "; ".join(shown))
     taken.pop("not used", None)
@@ -619,7 +620,7 @@ def summary(cells, rate):
 
 
 def report(tables, args, more=()):
-    """Named tables of counts: summaries printed and returned. more: further rows."""
+    """Named tables of counts: summaries printed and returned. more: rows to print beneath."""
     if not 0 < args.accept < 1:
         fail(f"--accept {args.accept}: an acceptance rate lies between 0 and 1")
     found = {name: summary(cells, args.accept) for name, cells in tables.items()}
@@ -663,6 +664,12 @@ def neurips(args):
     curves(NEURIPS, found, args)
 
 
+def conclude(tables, args, more):
+    found = report(tables, args, more)
+    save_results(args.out, args, tables=found, cells=tables, more=more)
+    curves(tables, found, args)
+
+
 def cells_at(square, accepted):
     """The 2×2 counts of an L×L table where the best `accepted` levels are accepted."""
     parts = slice(accepted), slice(accepted, None)
@@ -690,9 +697,7 @@ def table(args):
     tables = {f"{labels[i - 1]} or better": cells_at(square, i) for i in range(len(labels) - 1, 0, -1)}
     tables = tables or {"your table": square[0].astype(int).tolist()}
     more = [("polychoric ρ of all levels", *[polychoric(square)] * len(tables))] if len(labels) > 2 else []
-    found = report(tables, args, more)
-    save_results(args.out, args, tables=found, cells=tables)
-    curves(tables, found, args)
+    conclude(tables, args, more)
 
 
 def write_csv(path, header, lines):
@@ -708,9 +713,8 @@ def scores(args):
     if len(k) < 3 or k.max() < 2 or np.ptp(y) == 0 or max(load, default=2) < 2:
         fail(f"{args.file}: fewer than 3 papers, or one score throughout, or no paper with two reviews, or no reviewer "
              "with two: variances cannot be told apart (where each reviewer has one review, leave the reviewers out)")
-    rate = args.accept
-    if rate is None:
-        rate = np.mean([level < REJECT for level in decided.values()]) if decided else 0.23
+    of_decisions = np.mean([level < REJECT for level in decided.values()]) if decided else 0.23
+    rate = args.accept if args.accept is not None else of_decisions
     accepted = round(rate * len(k))
     if not 0 < accepted < len(k):
         fail(f"an acceptance rate of {rate:g} takes {accepted} of {len(k)} papers; give another --accept")
@@ -747,12 +751,12 @@ def scores(args):
 
 def simulate(args):
     """A conference of known variances: how much two committees' lists differ, by rate and panel; closed form beside."""
-    quality, offset, opinion = args.variances
-    if args.papers < 20 or min(args.variances) < 0 or quality * (offset + opinion) == 0:
-        fail("--papers from 20; --variances: not negative, and papers and reviews must vary")
+    papers, (quality, offset, opinion) = 100_000, args.variances  # the reference's 100,000 submissions
+    if min(args.variances) < 0 or quality * (offset + opinion) == 0:
+        fail("--variances must not be negative, and papers and reviews must vary")
     rates = np.array([0.05, 0.1, 0.2, 0.3, 0.5])
-    rng, total, rows = np.random.default_rng(args.seed), np.zeros((2, args.papers)), []
-    paper, lists = math.sqrt(quality) * rng.standard_normal(args.papers), (rates * args.papers).round()
+    rng, total, rows = np.random.default_rng(args.seed), np.zeros((2, papers)), []
+    paper, lists = math.sqrt(quality) * rng.standard_normal(papers), (rates * papers).round()
     for panel in range(1, args.reviewers + 1):
         total += math.sqrt(offset + opinion) * rng.standard_normal(total.shape)  # one review more
         seen = 1 - shared(*(paper + total / panel), lists, rng) / lists
@@ -790,10 +794,7 @@ def esa(args):
         tables[f"phase {phase}"] = cells_at(square, 2)  # accept: some +2
         rho.append(polychoric(square))
         r.append(pearson(x, y)[0])
-    more = [("polychoric ρ of five levels", *rho), ("correlation of mean scores", *r)]
-    found = report(tables, args, more)
-    save_results(args.out, args, tables=found, cells=tables, scores=more)
-    curves(tables, found, args)
+    conclude(tables, args, [("polychoric ρ of five levels", *rho), ("correlation of mean scores", *r)])
 
 
 # ==================================================================================== command line
@@ -812,7 +813,6 @@ def parse_args(argv=None):
         "decisions": dict(action="append", default=[], metavar="LEVEL=TEXT",
                           help="what a phrase means: accept='minor revision' (may be repeated)"),
         "reviewers": dict(type=int, default=6, help="panels of 1 to this many reviewers"),
-        "papers": dict(type=int, default=100_000, help="submissions (the reference's 100,000)"),
         "variances": dict(type=float, nargs=3, default=(1.0, 0.0, 1.0), metavar=("QUALITY", "OFFSET", "OPINION"),
                           help="of a review's parts (the reference's 50 %% opinion; 2014: 1.278 0.24 1.268)"),
         "seed": dict(type=int, default=0, help="of random numbers"),
@@ -833,7 +833,7 @@ def parse_args(argv=None):
         "input", nargs="+", help="counts, or a file: square counts; paper, committee, decision; or paper, decision1, …")
     task(scores, "accept withdrawn columns decisions seed out").add_argument(
         "file", help="columns paper, score[, reviewer, committee, decision]; or one row a paper, scores in 0, 1, …")
-    task(simulate, "papers reviewers variances seed out")
+    task(simulate, "reviewers variances seed out")
     task(esa, "accept out no_plot", accept=0.05).add_argument("folder", type=Path, help="where the six files are")
     argv = sys.argv[1:] if argv is None else argv
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):

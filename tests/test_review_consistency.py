@@ -544,8 +544,8 @@ def test_the_data(tmp_path, monkeypatch, capsys):
         (tmp_path / path.name.removeprefix("esa2018_")).write_bytes(path.read_bytes())
     out, results = in_process(["esa", tmp_path, "--no_plot"], tmp_path, monkeypatch, capsys)
     assert list(results["cells"].values()) == [[12, 8, 10, 21], [11, 6, 1, 33], [10, 7, 1, 33]]
-    assert results["scores"][0][1] == pytest.approx(0.6649, abs=1e-4)
-    assert results["scores"][1][1:] == pytest.approx([0.7441, 0.6874, 0.6746], abs=5e-5)
+    assert results["more"][0][1] == pytest.approx(0.6649, abs=1e-4)
+    assert results["more"][1][1:] == pytest.approx([0.7441, 0.6874, 0.6746], abs=5e-5)
 
 
 def test_simulate(tmp_path, monkeypatch, capsys):
@@ -556,7 +556,7 @@ def test_simulate(tmp_path, monkeypatch, capsys):
     )  # (rates, 2)
     assert 1 - cells[:, 1] == pytest.approx([0.2438, 0.3240, 0.4358, 0.5226, 0.6667], abs=6e-4)
     assert (abs(cells[:, 0] - cells[:, 1]) < 4 * np.sqrt(0.25 / np.array(results["rates"]) / 1e5) + 1e-3).all()
-    _, raw = in_process(["simulate", "--variances", 1, 1, 1, "--papers", 20_000], tmp_path, monkeypatch, capsys)
+    _, raw = in_process(["simulate", "--variances", 1, 1, 1], tmp_path, monkeypatch, capsys)
     assert raw["arbitrariness"][1][3].endswith(f"({float(rc.arbitrariness(0.2, 1 / 2)):.3f})")
 
 
@@ -616,7 +616,7 @@ FILES = {
         ("scores quote.csv", "not closed"),
         ("scores three.csv", "two are the most"),
         ("scores latin.csv", "UTF-8"),
-        ("simulate --papers 10", "--papers"),
+        ("simulate --variances 1 0 0", "--variances"),
         ("simulate --likert 3", "--likert"),
         ("esa nowhere", "nowhere"),
         ("table 5 5 5 --out odd.csv", "odd.csv"),
