@@ -450,9 +450,21 @@ def test_compare_by_known_losses(tmp_path, monkeypatch, capsys):
     assert shown.count("factor of 2 in steps holds") == 2 and (tmp_path / "compare.png").stat().st_size > 10_000
 
 
-def test_ablate_in_small(tmp_path):
-    out, err = finished(command("ablate", "--steps", 2, "--seeds", 1, cwd=tmp_path))
-    assert "10/10" in err and "Hutchinson" in out and (tmp_path / out.split()[-1]).is_file()
+def test_ablate_in_small(tmp_path, monkeypatch, capsys):
+    """Two of its ten runs by real processes, in order; the table from losses that are known."""
+    run_all, tried = sophia.run_all, []
+
+    def fake(jobs, args):
+        tried.extend(jobs)
+        return np.array([(job["k"], 1.0) for job in jobs])
+
+    monkeypatch.setattr(sophia, "run_all", fake)
+    args = sophia.parse_args(["ablate", "--steps", "2", "--seeds", "1", "--quiet", "--out", str(tmp_path)])
+    sophia.run(args)
+    table = json.loads((tmp_path / "results.json").read_text())["table"]
+    assert len(tried) == 10 and table[1][:3] == ["k = 1", 1.0, 0.0] and "Hutchinson" in capsys.readouterr().out
+    losses = run_all([tried[0], tried[7]], args)[:, 0]  # the first, and the one without clipping
+    assert losses[0] < 5.7 < losses[1]
 
 
 @pytest.mark.parametrize("optimizer", ["sophiag", "sophiah"])
