@@ -789,7 +789,8 @@ class Problem:
             if not n_test or not 1 < len(set(self.label_ids)) == len(classes):
                 raise ValueError("ten rows, two labels and different words are the least")
         except ValueError as error:
-            fail(f"--labels {run['labels']}, each a word of one token, and {len(rows)} rows do not match: {error}")
+            hint = " (the tiny model knows its own words alone: take --model gpt2)" * (n_vocab == len(WORDS))
+            fail(f"--labels {run['labels']}, each a word of one token, and {len(rows)} rows do not match: {error}" + hint)
         self.test, self.train = coded[:n_test], coded[n_test:]
 
     def logits(self, rows):

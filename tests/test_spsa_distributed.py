@@ -490,7 +490,7 @@ def test_gpt2_tokens_and_label_words(monkeypatch):
     (["train", "--model", "gpt7"], "gpt7"), (["train", "--device", "abacus"], "abacus"),
     (["train", "--data", "none.csv"], "none.csv"), (["train", "--data", "lines.jsonl"], "columns sentence and label"),
     (["train", "--data", "wide.csv"], "UTF-8"), (["train", "--data", "torn.csv"], "row 2"),
-    (["train", "--data", "few.csv"], "ten rows"), (["train", "--data", "pm.csv"], "'pos' is not in list"),
+    (["train", "--data", "few.csv"], "ten rows"), (["train", "--data", "pm.csv"], "'pos' is not in list (the tiny"),
     (["train", "--labels", "0=great,1=great"], "different words"), (["train", "--labels", "1=great"], "--labels"),
     (["join", "--connect", "here"], "HOST:PORT"), (["join", "--connect", "[::1]:port"], "HOST:PORT"),
     (["join", "--connect", "[::1]:1", "--patience", "0"], "no notary at ::1:1"),
