@@ -1077,7 +1077,7 @@ def parse_args(argv=None):
         "limit": dict(type=int, help="the first so many questions (all)"),
         "size": dict(type=float, help="parameters of the model, for fit"),
         "seed": dict(type=int, default=0, help="of tables, weights, streams, wrong choices (%(default)s)"),
-        "out": dict(type=Path, help="folder for results, answers and figures (%(default)s)"),
+        "out": dict(type=Path, help="folder for results, answers and figures (out/neqa/…)"),
         "no_plot": dict(action="store_true", help="write no figure"),
         "quiet": dict(action="store_true", help="no progress bars"),
     }

@@ -959,7 +959,7 @@ def parse_args(argv=None):
     flags = {
         "rows": dict(type=row_counts, help="numbers of rows, as in 3000,12000 (%(default)s)"),
         "columns": dict(type=int, default=50, help="columns of X (%(default)s)"),
-        "rank": dict(type=int, default=3, help="components (%(default)s; fit: by held-out rows)"),
+        "rank": dict(type=int, default=3, help="components (3; impossible: 5; fit: by held-out rows)"),
         "k": dict(type=int, default=2, help="entries seen in a row (%(default)s; the paper's theorem: 2)"),
         "seeds": dict(type=int, default=3, help="number of seeds, from --seed on (%(default)s)"),
         "data": dict(help="a VCF, gzipped or not (simulated people)"),

@@ -806,7 +806,7 @@ def parse_args(argv=None):
     parser.error = fail  # one line, exit code 2
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     flags = {
-        "accept": dict(type=float, help="acceptance rate, a share (%(default)s; scores: of the decisions, else 0.23)"),
+        "accept": dict(type=float, help="acceptance rate, a share (0.05; scores: of the decisions, else 0.23)"),
         "withdrawn": dict(choices=("reject", "drop"), default="reject", help="withdrawn papers: rejects, or left out"),
         "columns": dict(action="append", default=[], metavar="NAME=TEXT",
                         help="the file's name of a column: score=rating (may be repeated)"),

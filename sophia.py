@@ -906,7 +906,7 @@ def parse_args(argv=None):
         "optimizer": dict(choices=RECIPES, default="sophiag", help="with the paper's settings (%(default)s)"),
         "data": dict(help="stdlib, a text file, a folder of *train*.bin and *val*.bin shards of gpt2 tokens, or "
                      "fineweb:N (default: FineWeb for gpt2 sizes on a GPU, else stdlib)"),
-        "steps": dict(type=int, help="updates (%(default)s; train: 100,000 on a GPU, the paper's, else 300)"),
+        "steps": dict(type=int, help="updates (compare: 64, ablate: 200; train: 100,000 on a GPU, as the paper, or 300)"),
         "batch_size": dict(type=int, help="sequences an update, over all ranks (480 on a GPU, the paper's; else 16)"),
         "micro_batch_size": dict(type=int, help="sequences a forward pass (what the device takes)"),
         "lr": dict(type=float, help="peak learning rate (the paper's for the model)"),
@@ -919,7 +919,7 @@ def parse_args(argv=None):
         "warmup": dict(type=float, default=0.3, help="share of the run in which the learning rate rises (%(default)s)"),
         "seed": dict(type=int, default=0, help="of weights, data order and drawn labels (%(default)s)"),
         "device": dict(help="cuda or cpu (cuda where there is one)"),
-        "out": dict(type=Path, help="folder for results, figures and checkpoints (%(default)s)"),
+        "out": dict(type=Path, help="folder for results, figures and checkpoints (out/sophia/…)"),
         "no_plot": dict(action="store_true", help="write no figure"),
         "quiet": dict(action="store_true", help="no progress bars"),
     }

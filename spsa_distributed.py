@@ -347,7 +347,7 @@ def replica_of(model, run, records, folder=None):
 
 SETTINGS = {  # of a run, the same for all who take part: type, default, meaning
     "key": (int, 1, "of the noise, 64 bits (%(default)s)"),
-    "steps": (int, 300, "updates (%(default)s; MeZO: 20,000); replay: records (all)"),
+    "steps": (int, 300, "updates (300; MeZO: 20,000); replay: records (all)"),
     "batch_size": (int, 32, "rows a probe (%(default)s; MeZO: 16)"),
     "lr": (float, 2e-3, "learning rate η (%(default)s; for GPT-2 take MeZO's 1e-6)"),
     "eps": (float, 1e-3, "ε of a probe (%(default)s, MeZO's)"),
@@ -789,8 +789,8 @@ class Problem:
             if not n_test or not 1 < len(set(self.label_ids)) == len(classes):
                 raise ValueError("ten rows, two labels and different words are the least")
         except ValueError as error:
-            hint = " (the tiny model knows its own words alone: take --model gpt2)" * (n_vocab == len(WORDS))
-            fail(f"--labels {run['labels']}, each a word of one token, and {len(rows)} rows do not match: {error}" + hint)
+            hint = " (the tiny model knows its own words alone: --model gpt2)" * (n_vocab == len(WORDS))
+            fail(f"--labels {run['labels']}, words of one token each, and {len(rows)} rows do not match: {error}{hint}")
         self.test, self.train = coded[:n_test], coded[n_test:]
 
     def logits(self, rows):
