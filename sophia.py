@@ -398,13 +398,13 @@ def set_up(args):
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device := torch.device("cuda", device.index or local))
+            torch.set_float32_matmul_precision("high")
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be had here: {error}")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)  # a denormal slows a CPU matmul tenfold
-    torch.set_float32_matmul_precision("high")
     return device, rank, world
 
 
@@ -906,7 +906,7 @@ def parse_args(argv=None):
         "optimizer": dict(choices=RECIPES, default="sophiag", help="with the paper's settings (%(default)s)"),
         "data": dict(help="stdlib, a text file, a folder of *train*.bin and *val*.bin shards of gpt2 tokens, or "
                      "fineweb:N (default: FineWeb for gpt2 sizes on a GPU, else stdlib)"),
-        "steps": dict(type=int, help="updates (compare: 64, ablate: 200; train: 100,000 on a GPU, as the paper, or 300)"),
+        "steps": dict(type=int, help="updates (compare 64, ablate 200, train 100,000 on a GPU, the paper's, else 300)"),
         "batch_size": dict(type=int, help="sequences an update, over all ranks (480 on a GPU, the paper's; else 16)"),
         "micro_batch_size": dict(type=int, help="sequences a forward pass (what the device takes)"),
         "lr": dict(type=float, help="peak learning rate (the paper's for the model)"),

@@ -55,7 +55,7 @@ def test_profiles_count_one_by_one(k):
         profiles, counts = eco.outcome_profiles(table)
         assert dict(zip(map(tuple, profiles.tolist()), counts)) == Counter(map(tuple, failed.tolist()))
     hist, columns = eco.tally(profiles, counts)
-    assert (hist == np.bincount(failed.sum(1), minlength=k + 1)).all() and (columns == failed.sum(0)).all()
+    assert (hist == np.bincount(failed.sum(1, dtype=int), minlength=k + 1)).all() and (columns == failed.sum(0)).all()
 
 
 def test_rates_by_hand():
@@ -125,7 +125,7 @@ def test_nulls_against_references():
     want = [eco.poisson_binomial(part.mean(0)) for part in (failed[:150], failed[150:])]
     np.testing.assert_allclose(eco.stratified_null(failed, np.arange(200) // 150), 0.75 * want[0] + 0.25 * want[1])
     each = eco.stratified_null(failed, np.arange(200))
-    np.testing.assert_allclose(each, np.bincount(failed.sum(1), minlength=4) / 200, atol=1e-12)
+    np.testing.assert_allclose(each, np.bincount(failed.sum(1, dtype=int), minlength=4) / 200, atol=1e-12)
 
 
 def test_rasch_maximises_the_likelihood():
