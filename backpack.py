@@ -694,9 +694,8 @@ def training(model, opt, ids, steps, batch, seed, micro=None, first=0, name="tra
     device, peak, warmup = model.lm_head.weight.device, opt.defaults["lr"], steps // 20
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     micro, on_gpu = micro or batch // world or 1, device.type == "cuda"
-    if batch % (micro * world) or len(ids) <= model.config.block_size:
-        fail(f"{batch} sequences an update must be a multiple of {micro} a forward pass × {world} ranks, and "
-             f"{len(ids)} tokens of training data more than a context")
+    if batch % (micro * world):
+        fail(f"{batch} sequences an update are not a multiple of {micro} a forward pass × {world} ranks")
     loss_fn = torch.compile(loss_of) if on_gpu else loss_of
     for step in tqdm(range(first, steps), name, steps, initial=first, disable=quiet or rank > 0):
         for group in opt.param_groups:
@@ -723,10 +722,13 @@ SIZES = {  # layers, heads, width, rows, context, std: the paper's three (table 
 }
 
 
-def new_model(arch, codec, n_sense, *sizes):
-    """A Backpack or the Transformer inside it; the table of embeddings is padded to a multiple of 8 rows."""
+def new_model(codec, n_sense, *sizes):
+    """A Backpack or, without senses, a Transformer; the table of embeddings is padded to a multiple of 8 rows."""
     config = replace(Config(*sizes), n_vocab=-(-codec.n_tokens // 8) * 8, n_tokens=codec.n_tokens)
-    return Transformer(config) if arch == "transformer" else Backpack(config, n_sense)
+    try:
+        return Backpack(config, n_sense) if n_sense else Transformer(config)
+    except ValueError as error:
+        fail(error)
 
 
 def train(args):
@@ -738,7 +740,7 @@ def train(args):
         ids, val_ids, codec = load_data(args.data, codec)
     else:
         ids, val_ids, codec = load_data(args.data, Codec() if args.tokenizer == "gpt2" else None)
-        model = new_model(args.arch, codec, args.n_sense, *SIZES[args.size]).to(device)
+        model = new_model(codec, args.n_sense, *SIZES[args.size]).to(device)
     if saved.get("known"):
         fail(f"--ckpt {args.ckpt} has edited senses, which training would forget")
     opt, first = adamw(model, args.lr), 0
@@ -748,8 +750,8 @@ def train(args):
             fail(f"{path} is of another run, with {saved.get('settings')}")
         opt.load_state_dict(saved["optimizer"])
         first = saved["step"]
-    if rank == 0:
-        print(len(ids), "tokens of training data", flush=True)
+    if min(len(ids), len(val_ids)) <= model.config.block_size:
+        fail(f"--data {args.data}: {len(ids)} tokens, {len(val_ids)} for validation, each must be more than a context")
     for step, loss in training(model, opt, ids, args.steps, args.batch_size, args.seed, args.micro_batch_size, first,
                                quiet=args.quiet):
         history.append((step, loss))
@@ -853,13 +855,13 @@ def edit_fact(model, codec, word, remove, add, texts):
 # ==================================================================================== the experiments
 
 
-def small_model(arch, text, args, seed, steps, n_sense=16, d=64):
-    """Train a small model on a text → (model, codec, validation loss)."""
+def small_model(args, seed, text, steps, n_sense=16, d=64):
+    """Train a small Backpack, or without senses a Transformer, on a text → (model, codec, validation loss)."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # a second one costs small matrices more than it brings
     ids, val_ids, codec = split_text(text)
-    model = new_model(arch, codec, n_sense, 2, 4, d, 0, 64, 0.06).to(args.device or "cpu")
-    for _ in training(model, adamw(model, 3e-3), ids, steps, 12, seed, name=arch, quiet=args.quiet):
+    model = new_model(codec, n_sense, 2, 4, d, 0, 64, 0.06).to(args.device or "cpu")
+    for _ in training(model, adamw(model, 3e-3), ids, steps, 12, seed, quiet=args.quiet):
         pass
     model.known = {}
     return model.requires_grad_(False), codec, mean_loss(model, val_ids)
@@ -868,43 +870,40 @@ def small_model(arch, text, args, seed, steps, n_sense=16, d=64):
 def demo(args):
     """The paper's claims in small: losses beside Transformers', senses read, one sense removed, one fact changed."""
     _, rank, world = set_up(args)
-    topics, steps = help_topics(), args.steps
-    jobs = {"world, Backpack": ("backpack", world_text(30_000, args.seed), steps, 8),
-            "help, Backpack": ("backpack", topics, steps // 3),
-            "help, Transformer inside": ("transformer", topics, steps // 3),
-            "help, Transformer of its size": ("transformer", topics, steps // 3, 0, 120)}
-    trained = [small_model(arch, text, args, args.seed, *more) for arch, text, *more in jobs.values()]
+    short = dict(text=help_topics(), steps=args.steps // 3)
+    model, codec, loss = small_model(args, args.seed, world_text(30_000, args.seed), args.steps, n_sense=8)
+    of_help, help_codec, help_loss = small_model(args, args.seed, **short)
+    figures = {"loss, world": loss, "loss, help topics": help_loss,
+               "Transformer inside": small_model(args, args.seed, **short, n_sense=None)[2],
+               "Transformer of its size": small_model(args, args.seed, **short, n_sense=None, d=120)[2]}
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank:
         return
-    losses = [(name, sum(p.numel() for p in model.parameters()), loss) for name, (model, _, loss) in zip(jobs, trained)]
-    print_table(("", "weights", "validation loss"), losses)
-    (model, codec, _), (of_help, help_codec, _), *_ = trained
     words = "nurse", "mechanic", "macbook", "iphone"
     print_table(("sense", *words), list(zip("01234567", *(favoured(model, codec, word, 3) for word in words))))
     ratios, sense, _ = gender(model, *pronoun_prompts(codec, WORLD_PROMPTS))
-    print_table((f"bias ratio (true: 9), sense {sense}", ""), list(ratios.items()))
+    figures |= {f"bias ratio, {name}": ratio for name, ratio in ratios.items()}
     texts = [prompt.format("macbook") for prompt in MADE_BY]
     texts += [f"{texts[0]} hp . {prompt.format(word)}" for word in ("iphone", "ipad") for prompt in MADE_BY]
     rows, _ = edit_fact(model, codec, "macbook", "apple", "hp", texts)
     p = np.array([row[1:] for row in rows])  # (texts, P(apple) P(hp), both after)
-    print_table(("macbook: apple → hp", ""), [
-        ("P(hp) of the macbook", p[:3, 1].mean()), ("after the edit", p[:3, 3].mean()),
-        ("of iphone and ipad, the largest change", abs(p[3:, 2:] - p[3:, :2]).max())])
+    figures |= {"macbook: P(hp)": p[:3, 1].mean(), "apple → hp": p[:3, 3].mean(),
+                "iphone, ipad move by": abs(p[3:, 2:] - p[3:, :2]).max()}
+    print_table(("", ""), list(figures.items()))
     save_checkpoint(args.out / "world.pt", model, codec)
     save_checkpoint(args.out / "help.pt", of_help, help_codec)
-    save_results(args.out, args, losses=losses, gender=ratios, sense=sense, edit=rows)
+    save_results(args.out, args, **figures, sense=sense, edit=rows)
 
     def draw(fig):
         ax, E, nouns = fig.subplots(), model.lm_head.weight, NOUNS[:10]
         direction = E[token(codec, "he")] - E[token(codec, "she")]
         values = (senses_of(model, [token(codec, noun) for noun in nouns]) @ direction).cpu()  # (nouns, n_sense)
-        image = ax.imshow(values, cmap="RdBu_r", vmin=-values.abs().max(), vmax=values.abs().max(), aspect="auto")
+        largest = values.abs().max()
+        fig.colorbar(ax.imshow(values, "RdBu_r", vmin=-largest, vmax=largest, aspect="auto"))
         ax.set_yticks(range(len(nouns)), nouns)
         ax.set(xlabel=f"sense ({sense} is removed)", title="What senses of professions add to log P(he)/P(she)")
-        fig.colorbar(image, ax=ax)
 
     figure(args.out / "demo.png", args, draw)
 
@@ -914,10 +913,9 @@ def ablate_k(args):
     _, rank, world = set_up(args)
     rows, text = [], help_topics()
     for k in (1, 4, 16, None):
-        losses = [small_model("backpack" if k else "transformer", text, args, args.seed + i, args.steps, k)[2]
-                  for i in range(3)]
-        rows.append((f"Backpack, k = {k}" if k else "Transformer, the same context network", np.mean(losses),
-                     np.std(losses), math.exp(np.mean(losses))))
+        losses = [small_model(args, args.seed + i, text, args.steps, k)[2] for i in range(3)]
+        name = f"Backpack, k = {k}" if k else "Transformer inside"
+        rows.append((name, np.mean(losses), np.std(losses), math.exp(np.mean(losses))))
     if rank == 0:
         print_table(("Python's help topics", "validation loss", "± sd", "perplexity"), rows)
         save_results(args.out, args, table=rows)
@@ -1000,10 +998,10 @@ def read_pairs(path):
     the words. A first row without one is a header. → [(word, word, score)]."""
     pairs = []
     for i, line in enumerate(text_of(path).split("\n"), 1):
-        one, two, *others = [*map(str.strip, re.split("[\t;,]", line)), ""]
-        number = [float(cell) for cell in others if re.fullmatch(r"-?\d+(\.\d+)?", cell)]
+        cells = [cell.strip() for cell in line.split(max("\t;,", key=line.count))]
+        number = [float(cell) for cell in cells[2:] if re.fullmatch(r"-?\d+(\.\d+)?", cell)]
         if number:
-            pairs.append((one, two, number[0]))
+            pairs.append((*cells[:2], number[0]))
         elif i > 1 and line.strip():
             fail(f"{path}, row {i}: no two words and a score in {line!r}")
     return pairs or fail(f"{path} has no pairs of words with scores")
@@ -1052,30 +1050,22 @@ def read_json_lines(path):
             if line.strip():
                 row = json.loads(line)
                 rows.append(next(texts(row) for field, texts in KINDS.items() if field in row))
-                "".join(rows[-1])  # TypeError: one is no text
+                _, *texts = [text.strip() for text in rows[-1]]
+                if not all(texts):
+                    raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
             fail(f"{path}, row {i}: no JSON with the texts of one of the kinds {', '.join(KINDS)}")
-    return rows or fail(f"{path} is empty")
-
-
-def evaluate(args):
-    """Table 2 and the like, by the file: perplexity of a text, or JSON lines of LAMBADA, BLiMP, pronouns, capitals."""
-    model, codec = open_model(args, kind=nn.Module)
-    found = {path: (score_lines if path.endswith(".jsonl") else score_text)(path, model, codec) for path in args.files}
-    for path, figures in found.items():
-        print_table((path, ""), list(figures.items()))
-    save_results(args.out, args, **found)
+    return rows if len({len(row) for row in rows}) == 1 else fail(f"{path} is empty or has lines of several kinds")
 
 
 def score_lines(path, model, codec):
     """One continuation a line: is it the likeliest? Two: which is likelier?"""
-    rows, scored = read_json_lines(path), []
-    for before, *texts in rows:
-        if codec.unknown not in codec.encode(" ".join([before, *texts])):
-            ids = [codec.start, *codec.encode(before)]
-            scored.append([log_prob(model, ids, codec.encode(text)) for text in texts])
-    figures = {"rows": len(rows), "left out for words unknown here": len(rows) - len(scored)}
-    if not scored:
+    rows = read_json_lines(path)
+    known = [row for row in rows if codec.unknown not in codec.encode(" ".join(row))]
+    scored = [[log_prob(model, [codec.start, *codec.encode(before)], codec.encode(text)) for text in texts]
+              for before, *texts in known]
+    figures = {"rows": len(rows), "with words unknown here, left out": len(rows) - len(known)}
+    if not known:
         return figures
     log_p, best = np.array(scored).transpose(2, 0, 1)  # (rows, continuations)
     if log_p.shape[1] == 1:
@@ -1098,6 +1088,15 @@ def score_text(path, model, codec):
     return dict(tokens=len(ids), unknown=np.mean(ids == codec.unknown), loss=loss, perplexity=math.exp(loss))
 
 
+def evaluate(args):
+    """Table 2 and the like, by the file: perplexity of a text, or JSON lines of LAMBADA, BLiMP, pronouns, capitals."""
+    model, codec = open_model(args, kind=nn.Module)
+    found = {path: (score_lines if path.endswith(".jsonl") else score_text)(path, model, codec) for path in args.files}
+    for path, figures in found.items():
+        print_table((path, ""), list(figures.items()))
+    save_results(args.out, args, **found)
+
+
 # ==================================================================================== command line
 
 
@@ -1111,9 +1110,8 @@ def parse_args(argv=None):
     flags = {  # default (a tuple: the choices, the first is the default) and meaning
         "ckpt": ("", "a checkpoint of ours, a released .bin or .safetensors, or public (684 MB by download); without "
                  "it the demo's model, for train a new one"),
-        "arch": (("backpack", "transformer"), "of a new model"),
         "size": (tuple(SIZES), "of a new model; the paper: micro, mini, small"),
-        "n_sense": (16, "senses a word, the paper's"),
+        "n_sense": (16, "senses a word, the paper's; 0: the Transformer alone, the baseline"),
         "tokenizer": (("words", "gpt2"), "the most frequent words of --data, or the paper's gpt2"),
         "data": ("", "train: a text file or a folder of train.bin and val.bin of gpt2 tokens (without it Python's help "
                  "topics); debias: a .jsonl of prompts (the world's)"),
@@ -1155,7 +1153,7 @@ def parse_args(argv=None):
         sub.set_defaults(task=function)
 
     task(demo, "steps no_plot quiet", steps=1200)
-    task(train, "ckpt arch size n_sense tokenizer data steps batch_size micro_batch_size lr resume quiet")
+    task(train, "ckpt size n_sense tokenizer data steps batch_size micro_batch_size lr resume quiet")
     task(ablate_k, "steps quiet")
     task(senses, "ckpt", ("words", "*", "words to read", "nurse", "mechanic"))
     task(attribute, "ckpt prompt target", prompt="the nurse walked in when")
@@ -1168,7 +1166,7 @@ def parse_args(argv=None):
     task(similarity, "ckpt", ("files", "+", "tables of two words and a score"))
     task(evaluate, "ckpt", ("files", "+", ".txt, .json or .jsonl"))
     args = parser.parse_args(argv)
-    for name in "steps batch_size lr samples tokens n_sense".split():
+    for name in "steps batch_size lr samples tokens".split():
         if not getattr(args, name, 1) > 0:
             fail(f"--{name} {getattr(args, name)} must be above 0")
     return args
