@@ -744,10 +744,7 @@ def train(args):
     if saved.get("known"):
         fail(f"--ckpt {args.ckpt} has edited senses, which training would forget")
     opt, first = adamw(model, args.lr), 0
-    settings = str(vars(args) | dict(task=0, resume=0, quiet=0))  # which a resumed run shares
     if args.resume:
-        if saved.get("settings") != settings:
-            fail(f"{path} is of another run, with {saved.get('settings')}")
         opt.load_state_dict(saved["optimizer"])
         first = saved["step"]
     if min(len(ids), len(val_ids)) <= model.config.block_size:
@@ -756,7 +753,7 @@ def train(args):
                                quiet=args.quiet):
         history.append((step, loss))
         if rank == 0 and (step % 100 == 0 or step == args.steps):
-            save_checkpoint(path, model, codec, optimizer=opt.state_dict(), step=step, settings=settings)
+            save_checkpoint(path, model, codec, optimizer=opt.state_dict(), step=step)
     if rank == 0:
         loss = mean_loss(model, val_ids)
         print(f"validation loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}\n{path}")
@@ -855,6 +852,11 @@ def edit_fact(model, codec, word, remove, add, texts):
 # ==================================================================================== the experiments
 
 
+def show(args, header, rows):
+    print_table(header, rows)
+    save_results(args.out, args, table=rows)
+
+
 def small_model(args, seed, text, steps, n_sense=16, d=64):
     """Train a small Backpack, or without senses a Transformer, on a text → (model, codec, validation loss)."""
     torch.manual_seed(seed)
@@ -917,8 +919,7 @@ def ablate_k(args):
         name = f"Backpack, k = {k}" if k else "Transformer inside"
         rows.append((name, np.mean(losses), np.std(losses), math.exp(np.mean(losses))))
     if rank == 0:
-        print_table(("Python's help topics", "validation loss", "± sd", "perplexity"), rows)
-        save_results(args.out, args, table=rows)
+        show(args, ("Python's help topics", "validation loss", "± sd", "perplexity"), rows)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -928,8 +929,7 @@ def senses(args):
     """Tables 1 and 3: what the senses of words say, as the tokens that each of them favours."""
     model, codec = open_model(args)
     table = [[str(i) for i in range(model.n_sense)], *(favoured(model, codec, word, 5) for word in args.words)]
-    print_table(("sense", *args.words), list(zip(*table)))
-    save_results(args.out, args, table=table)
+    show(args, ("sense", *args.words), list(zip(*table)))
 
 
 def attribute(args):
@@ -937,9 +937,8 @@ def attribute(args):
     model, codec = open_model(args)
     ids = prompt_ids(codec, args.prompt, model)
     added = attribution(model, ids, model.lm_head.weight[token(codec, args.target)]).tolist()  # (seq, n_sense)
-    print_table((f"to {args.target!r}, by sense", *map(str, range(model.n_sense))),
-                [(codec.decode([i]), *row) for i, row in zip(ids, added)])
-    save_results(args.out, args, contributions=added)
+    rows = [(codec.decode([i]), *row) for i, row in zip(ids, added)]
+    show(args, (f"to {args.target!r}, by sense", *map(str, range(model.n_sense))), rows)
 
 
 def debias(args):
@@ -947,18 +946,16 @@ def debias(args):
     rows = read_json_lines(args.data) if args.data else WORLD_PROMPTS
     model, codec = open_model(args)
     ratios, sense, change = gender(model, *pronoun_prompts(codec, rows))
-    print_table((f"bias ratio, sense {sense}", ""), list(ratios.items()))
     save_edited(args, model, codec, change)
-    save_results(args.out, args, gender=ratios, sense=sense)
+    show(args, (f"bias ratio, sense {sense}", ""), list(ratios.items()))
 
 
 def edit(args):
     """Section 6.3, table 6: a fact about a word is changed by moving its senses from one direction to another."""
     model, codec = open_model(args)
     rows, change = edit_fact(model, codec, args.word, args.remove, args.add, args.texts)
-    print_table(("text", f"P({args.remove})", f"P({args.add})", "both, after", ""), rows)
     save_edited(args, model, codec, change)
-    save_results(args.out, args, table=rows)
+    show(args, ("text", f"P({args.remove})", f"P({args.add})", "both, after", ""), rows)
 
 
 def save_edited(args, model, codec, edits):
@@ -979,9 +976,8 @@ def topic(args):
         texts = generate(model, start, args.tokens, control=topic_control(model, scores[name], strength)).tolist()
         nats = -np.mean([log_prob(model, text[:1], text[1:])[0] for text in texts]) / args.tokens
         rows.append((name, str(strength), np.isin(texts, bags[name]).mean(), nats))
-    print_table(("bag", "strength", "tokens in the bag", "nats a token without control"), rows)
     print(codec.decode(texts[0]))
-    save_results(args.out, args, table=rows)
+    show(args, ("bag", "strength", "tokens in the bag", "nats a token without control"), rows)
 
 
 def sample(args):
@@ -1030,31 +1026,25 @@ def similarity(args):
         *by_sense, embedding = [spearman(column, scores) for column in columns]
         best = best if rows else int(np.argmax(by_sense))
         rows.append((path, len(known), len(pairs), embedding, by_sense[best]))
-    print_table(("Spearman correlation", "pairs found", "of", "embedding", f"sense {best}, best for the first"), rows)
-    save_results(args.out, args, table=rows)
-
-
-KINDS = {  # by a field that only this kind has: a line → what stands before, and one continuation or two
-    "suffix1": lambda row: (row["prefix"], row["suffix1"], row["suffix2"]),  # pronoun bias
-    "suffix": lambda row: (row["prefix"], row["suffix"]),  # capitals
-    "sentence_good": lambda row: ("", row["sentence_good"], row["sentence_bad"]),  # BLiMP
-    "text": lambda row: re.fullmatch(r"(.*?)(\s\S+)", row["text"].rstrip(), re.DOTALL).groups(),  # LAMBADA
-}
+    show(args, ("Spearman correlation", "pairs found", "of", "embedding", f"sense {best}, best for the first"), rows)
 
 
 def read_json_lines(path):
-    """JSON lines of one of KINDS → [(text before, continuation[, another])]."""
-    rows = []
+    """JSON lines with pronouns (prefix, suffix1, suffix2), continuations such as capitals (prefix, suffix), BLiMP's
+    pairs (sentence_good, sentence_bad) or LAMBADA's passages (text) → [[text before, continuation[, another]]]."""
+    rows, fields = [], "suffix1 suffix2 suffix sentence_good sentence_bad".split()
     for i, line in enumerate(text_of(path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                row = json.loads(line)
-                rows.append(next(texts(row) for field, texts in KINDS.items() if field in row))
-                _, *texts = [text.strip() for text in rows[-1]]
-                if not all(texts):
-                    raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-            fail(f"{path}, row {i}: no JSON with the texts of one of the kinds {', '.join(KINDS)}")
+            row = json.loads(line)
+            texts = [row.get("prefix", ""), *(row[field] for field in fields if field in row)]
+            rows.append(texts if texts[1:] else re.fullmatch(r"(.*?)(\s\S+)\s*", row["text"], re.DOTALL).groups())
+            _, *texts = [text.strip() for text in rows[-1]]
+            if not all(texts):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            fail(f"{path}, row {i}: no JSON with the texts of prefix and {', '.join(fields)} or of text")
     return rows if len({len(row) for row in rows}) == 1 else fail(f"{path} is empty or has lines of several kinds")
 
 
@@ -1119,7 +1109,7 @@ def parse_args(argv=None):
         "batch_size": (8, "sequences an update, over all ranks; the paper: 1,024"),
         "micro_batch_size": (0, "sequences a forward pass; 0: all that a rank has"),
         "lr": (6e-4, "peak learning rate, the paper's"),
-        "resume": (False, "go on from the checkpoint in --out, one every 100 updates"),
+        "resume": (False, "go on from the checkpoint in --out (one every 100 updates), a model of its size"),
         "prompt": ("the nurse", "text"),
         "target": ("she", "the word whose logit is explained"),
         "word": ("macbook", "its senses are edited; public: MacBook"),

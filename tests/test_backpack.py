@@ -257,7 +257,7 @@ def here(*args):
 def world(tmp_path_factory):
     """A world of 400 steps, as the demo makes it, saved."""
     torch.set_num_threads(1)
-    model, codec, loss = bp.small_model("backpack", bp.world_text(30_000, 1), bp.parse_args(["--quiet"]), 1, 400, 8)
+    model, codec, loss = bp.small_model(bp.parse_args(["--quiet"]), 1, bp.world_text(30_000, 1), 400, 8)
     path = tmp_path_factory.mktemp("world") / "world.pt"
     bp.save_checkpoint(path, model, codec)
     return path, model, codec, loss
@@ -283,17 +283,17 @@ def test_one_sense_carries_gender_and_an_edit_moves_a_fact(world):
 def test_tasks_on_the_demos_model(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ckpt = ("--ckpt", world[0])
-    assert len(here("senses", "nurse", "pilot", *ckpt)["table"]) == 3
+    assert len(here("senses", "nurse", "pilot", *ckpt)["table"]) == 8
     prompt = "the nurse walked in when"
-    added = np.array(here("attribute", "--prompt", prompt, *ckpt)["contributions"])
+    added = np.array(here("attribute", "--prompt", prompt, *ckpt)["table"])[:, 1:].astype(float)
     ids = bp.prompt_ids(world[2], prompt, world[1])
     logit = world[1](torch.tensor([ids]))[0, -1, bp.token(world[2], "she")]
     assert added.shape == (6, 8) and added.sum() == pytest.approx(float(logit), rel=1e-4)
-    removed = here("debias", "--save", "d.pt", *ckpt)["gender"]["sense removed"]
-    assert here("debias", "--ckpt", "d.pt")["gender"]["unchanged"] == pytest.approx(removed, rel=1e-4)
+    removed = here("debias", "--save", "d.pt", *ckpt)["table"][1][1]
+    assert here("debias", "--ckpt", "d.pt")["table"][0][1] == pytest.approx(removed, rel=1e-4)
     text, *_, after = here("edit", "--save", "e.pt", "--ckpt", "d.pt")["table"][0]  # on top of the other edit
     assert here("edit", "--ckpt", "e.pt")["table"][0][2] == pytest.approx(after, abs=1e-5) and after > 0.5
-    assert here("debias", "--ckpt", "e.pt")["gender"]["unchanged"] == pytest.approx(removed, rel=1e-4)
+    assert here("debias", "--ckpt", "e.pt")["table"][0][1] == pytest.approx(removed, rel=1e-4)
     assert here("sample", "--ckpt", "e.pt", "--prompt", text, "--tokens", 1)["text"].startswith(text)
     assert len(here("topic", "--samples", 3, "--tokens", 6, *ckpt)["table"]) == 8
 
@@ -303,18 +303,18 @@ def test_evaluation_files(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ckpt = ("--ckpt", world[0])
     lines = lambda *rows: "\r\n".join(map(json.dumps, rows)) + "\n"
-    rows = [dict(prefix=p.format(noun), suffix1=" he", suffix2=" she") for noun in ("nurse", "pilot") for p in bp.PERSON]
-    Path("bias.jsonl").write_text(lines(*rows, dict(rows[0], prefix="A nurse never")))
-    assert here("debias", "--data", "bias.jsonl", *ckpt)["gender"]["unchanged"] > 3
+    texts = [prompt.format(noun) for noun in ("nurse", "pilot") for prompt in bp.PERSON]
+    Path("bias.jsonl").write_text(lines(*(dict(prefix=text, suffix1=" he", suffix2=" she") for text in (
+        *texts, "A nurse never"))))
+    assert here("debias", "--data", "bias.jsonl", *ckpt)["table"][0][1] > 3
     assert "10 of 11 prompts" in capsys.readouterr().out
     Path("capital.jsonl").write_text(lines(dict(prefix="the macbook is made by", suffix=" apple"), dict(
         prefix="the ipad is made by", suffix=" hp"), dict(prefix="the macbook is made by", suffix=" zebra")))
     Path("lambada.jsonl").write_text(lines(dict(text="the iphone is made by apple\n")))
     Path("blimp.jsonl").write_text(lines(dict(sentence_good="the pilot slept .", sentence_bad="pilot . the slept")))
-    names = "bias capital lambada blimp".split()
-    bias, capital, lambada, blimp = map(here("eval", *(f"{name}.jsonl" for name in names), *ckpt).get,
-                                        (f"{name}.jsonl" for name in names))
-    assert bias["rows"] == 11 and bias["bias ratio"] > 3 and bias["left out for words unknown here"] == 1
+    names = "bias.jsonl capital.jsonl lambada.jsonl blimp.jsonl".split()
+    bias, capital, lambada, blimp = map(here("eval", *names, *ckpt).get, names)
+    assert bias["rows"] == 11 and bias["bias ratio"] > 3 and bias["with words unknown here, left out"] == 1
     assert capital["accuracy"] == 0.5 and lambada["accuracy"] == blimp["the first likelier"] == 1
     Path("text.json").write_text(json.dumps(["<|endoftext|>" + bp.world_text(100, 9), "zebra"]))
     assert here("eval", "text.json", *ckpt)["text.json"]["loss"] < 1.1
@@ -336,15 +336,15 @@ def test_real_evaluation_files(world, tmp_path, monkeypatch):
     here("train", "--data", prompts, "--steps", 2, "--quiet")  # a model that knows their words
     found = here("eval", prompts, capitals, "--ckpt", "out/backpack/train/model.pt")
     assert found[str(prompts)]["rows"] == 360 and found[str(capitals)]["rows"] == 119
-    assert here("debias", "--data", prompts, "--ckpt", "out/backpack/train/model.pt")["gender"]["unchanged"] > 1
+    assert here("debias", "--data", prompts, "--ckpt", "out/backpack/train/model.pt")["table"][0][1] > 1
 
 
 def test_train_fine_tune_resume_and_ranks(tmp_path, monkeypatch):
     """A killed run goes on exactly; two ranks equal one at default flags; a saved model can be trained on."""
     monkeypatch.chdir(tmp_path)
-    flags = ["train", "--steps", "106", "--size", "nano", "--quiet"]
+    flags = ["train", "--steps", "104", "--quiet"]
     Path("t.txt").write_text((HOUSE / "README.md").read_text("utf-8")[:30_000])
-    flags += ["--data", str(tmp_path / "t.txt"), "--n_sense", "4", "--batch_size", "2"]
+    flags += ["--data", str(tmp_path / "t.txt"), "--n_sense", "2", "--batch_size", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen([sys.executable, str(HOUSE / "backpack.py"), *flags], env=env)
     while killed.poll() is None and not Path("out/backpack/train/model.pt").exists():
@@ -359,7 +359,7 @@ def test_train_fine_tune_resume_and_ranks(tmp_path, monkeypatch):
     states = [torch.load(f"{name}/model.pt", weights_only=True)["model"] for name in ("resumed", "out/backpack/train")]
     assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = flags[:2] + ["8", *flags[3:-2]]
+    flags = ["train", "--steps", "6", "--quiet", "--data", "t.txt"]
     done = subprocess.run([*launch, str(HOUSE / "backpack.py"), *flags, "--out", "two"], env=env, capture_output=True)
     assert done.returncode == 0, done.stderr
     two = json.loads(Path("two/results.json").read_text())["history"]
@@ -386,28 +386,30 @@ def test_a_step_as_on_a_gpu():
 
 def test_ablate_and_demo_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bp, "help_topics", lambda topics=bp.help_topics()[:60_000]: topics)
+    text = bp.help_topics()[:60_000]
+    monkeypatch.setattr(bp, "help_topics", lambda: text)
     assert len(here("ablate_k", "--steps", 2, "--quiet")["table"]) == 4
     found = here("demo", "--steps", 4, "--quiet")
-    assert len(found["losses"]) == 4 and Path("out/backpack/demo/demo.png").stat().st_size > 10_000
+    assert found["Transformer of its size"] > 4 and Path("out/backpack/demo/demo.png").stat().st_size > 10_000
     shown = capsys.readouterr().out
     assert "sense" in shown and "bias ratio" in shown and "apple → hp" in shown
     here("senses", "nurse")  # the demo's model is the default
 
 
-MISTAKES = [
-    ("debias --data nowhere.jsonl", "nowhere.jsonl"), ("train --ckpt nowhere.pt", "nowhere.pt"),
-    ("train --ckpt edited.pt", "edited senses"), ("train --data .", "gpt2"), ("sample --sense 99", "--sense"),
-    ("senses zebra", "zebra"), ("eval .", "directory"), ("eval latin.txt", "UTF-8"), ("eval five.jsonl", "row 1"),
-    ("eval empty.jsonl", "empty"), ("eval empty.txt", "too few"), ("similarity five.jsonl", "no pairs"),
-    ("senses --ckpt latin.txt", "no model"), ("senses --ckpt hf/model.bin", "hf/model.bin"),
-    ("senses --out latin.txt/x", "latin.txt"), ("edit --add apple", "nothing to edit"),
-    ("sample --tokens 99", "context of 64"), ("train --batch_size 6 --micro_batch_size 4", "multiple"),
-    ("train --resume", "no model"), ("nonsense", "senses"),
-]
+MISTAKES = {
+    "debias --data nowhere.jsonl": "nowhere.jsonl", "train --ckpt nowhere.pt": "nowhere.pt",
+    "train --ckpt edited.pt": "edited senses", "train --data .": "gpt2", "train --data empty.txt": "0 tokens",
+    "train --n_sense 99": "99 senses", "train --batch_size 6 --micro_batch_size 4": "multiple",
+    "train --resume": "no model", "sample --sense 99": "--sense", "sample --tokens 99": "context of 64",
+    "senses zebra": "zebra", "senses --ckpt latin.txt": "no model", "senses --ckpt hf/model.bin": "hf/model.bin",
+    "senses --out latin.txt/x": "latin.txt", "edit --add apple": "nothing to edit", "eval .": "directory",
+    "eval latin.txt": "UTF-8", "eval five.jsonl": "row 1", "eval blank.jsonl": "row 1", "eval two.jsonl": "several",
+    "eval empty.jsonl": "empty", "eval empty.txt": "too few", "similarity five.jsonl": "no pairs",
+    "similarity comma.csv": "row 2", "nonsense": "senses",
+}
 
 
-@pytest.mark.parametrize("line, words", MISTAKES)
+@pytest.mark.parametrize("line, words", MISTAKES.items())
 def test_mistakes_end_in_one_line(line, words, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("out/backpack/demo").mkdir(parents=True)
@@ -416,6 +418,9 @@ def test_mistakes_end_in_one_line(line, words, world, tmp_path, monkeypatch, cap
     Path("five.jsonl").write_text('{"text": 5}')
     for name in ("empty.jsonl", "empty.txt"):
         Path(name).write_text("")
+    Path("two.jsonl").write_text('{"text": "a b"}\n{"sentence_good": "a", "sentence_bad": "b"}')
+    Path("blank.jsonl").write_text('{"prefix": "a", "suffix": " "}')
+    Path("comma.csv").write_text("one;two;score\npilot;guard;7,5\n")
     Path("hf").mkdir()
     torch.save(hf_weights(small(4).float()), "hf/model.bin")
     Path("hf/config.json").write_text("{broken")
