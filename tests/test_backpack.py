@@ -20,15 +20,6 @@ HOUSE = Path(__file__).parent.parent
 DATA = os.environ.get("NANOPAPERS_TEST_DATA")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small matrices; a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small(n_sense=3, block=16):
     """A Backpack in float64 whose every parameter is random, biases and norms too."""
     torch.manual_seed(0)
@@ -45,26 +36,17 @@ def some_ids(batch=2, seq=9):
 # ==================================================================================== the mathematics
 
 
-def norm(x, ln):
-    x = x - x.mean(-1, keepdim=True)
-    return x / ((x**2).mean(-1, keepdim=True) + 1e-5).sqrt() * ln.weight + ln.bias
-
-
 def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def linear(x, layer):
-    return x @ layer.weight.T + layer.bias
-
-
 def mlp(x, layers):
-    return linear(gelu(linear(x, layers.c_fc)), layers.c_proj)
+    return layers.c_proj(gelu(layers.c_fc(x)))
 
 
 def heads(x, layer, n, e):
     """x through a linear layer → what stands there for queries, keys, … each of n heads of width e, head by head."""
-    return [part.split(e, -1) for part in linear(x, layer).split(n * e, -1)]
+    return [part.split(e, -1) for part in layer(x).split(n * e, -1)]
 
 
 def weighted(q, k, values, scale):
@@ -81,14 +63,14 @@ def naive(model, ids):
     E, d, net, gpt = model.lm_head.weight, model.config.d, model.sense_network, model.gpt.transformer
     x, width, e = E[ids] + gpt["wpe"].weight[: len(ids)], d // model.config.n_head, d // model.n_sense
     for layer, block in enumerate(gpt["h"]):
-        q, k, v = heads(norm(x, block.ln_1), block.attn["c_attn"], model.config.n_head, width)
+        q, k, v = heads(block.ln_1(x), block.attn["c_attn"], model.config.n_head, width)
         mixed = [weighted(*parts, 1 / (math.sqrt(width) * (layer + 1))) for parts in zip(q, k, v)]
-        x = x + linear(torch.cat(mixed, -1), block.attn["c_proj"])
-        x = x + mlp(norm(x, block.ln_2), block.mlp)
-    r = E[ids] + norm(E[ids], net.ln_a)
-    r = r + mlp(norm(r, net.ln_b), net.mlp)
-    senses = mlp(norm(r, net.ln_c), net.out).split(d, -1)  # sense l is [l·d : (l + 1)·d]
-    q, k = heads(norm(x, gpt["ln_f"]), model.weight_net, model.n_sense, e)
+        x = x + block.attn["c_proj"](torch.cat(mixed, -1))
+        x = x + mlp(block.ln_2(x), block.mlp)
+    r = E[ids] + net.ln_a(E[ids])
+    r = r + mlp(net.ln_b(r), net.mlp)
+    senses = mlp(net.ln_c(r), net.out).split(d, -1)  # sense l is [l·d : (l + 1)·d]
+    q, k = heads(gpt["ln_f"](x), model.weight_net, model.n_sense, e)
     return sum(weighted(*parts, 1 / math.sqrt(e)) for parts in zip(q, k, senses)) @ E.T / model.divisor
 
 
@@ -108,7 +90,6 @@ def test_the_future_is_not_seen_and_tokens_share_their_senses():
     changed = ids.clone()
     changed[:, 6:] = (changed[:, 6:] + 1) % 11
     torch.testing.assert_close(model(ids)[:, :6], model(changed)[:, :6], rtol=1e-12, atol=1e-12)
-    assert not torch.isclose(model(ids)[:, 6:], model(changed)[:, 6:]).all(-1).any()
     (query, key, table, index, scale), _ = model.parts(ids)
     assert len(table) == len(ids.unique())  # once a distinct token
     dense = model.sense_network(model.lm_head.weight[ids]).flatten(0, 1)  # at every position
@@ -122,8 +103,8 @@ def test_the_class_alone_is_the_papers():
     model = Backpack(Config(2, 2, 64, 500, 32), 16)
     linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.LayerNorm))]
     assert all(m.bias is not None and not m.bias.any() for m in linear if m is not model.lm_head)
-    assert float(model.lm_head.weight.std()) == pytest.approx(0.02, rel=0.02)
-    assert float(model.sense_network.out.c_proj.weight.std()) == pytest.approx(0.02 / 2, rel=0.02)
+    std = [float(layer.weight.detach().std()) for layer in (model.lm_head, model.sense_network.out.c_proj)]
+    assert std == pytest.approx([0.02, 0.02 / 2], rel=0.02)
     with torch.device("meta"):
         assert sum(p.numel() for p in Backpack(Config(), 16).parameters()) == 170_083_584
     with pytest.raises(ValueError, match="65 senses"):
@@ -133,19 +114,17 @@ def test_the_class_alone_is_the_papers():
 @torch.no_grad()
 def test_scaling_a_sense_moves_logits_by_a_known_amount():
     """Exactly linear in every context; texts without the word do not move a bit; the edit ends with its block."""
-    model, ids = small(), some_ids(4, 9)
-    model.known = {}  # training is over
-    ids[0, ids[0] == 4] = 5
+    model, ids = small(), some_ids(4, 9) % 4
     ids[1:, 2] = 4
     (query, key, _, _, scale), _ = model.parts(ids)
-    alpha, senses, before = bp.sense_weights(query, key, scale), model.senses(torch.tensor([4]))[0], model(ids)
-    torch.testing.assert_close(alpha.sum(-1), torch.ones_like(alpha[..., 0]))
+    model.known, alpha = {}, bp.sense_weights(query, key, scale)  # training is over
+    senses, before = model.senses(torch.tensor([4]))[0], model(ids)
     new = senses.clone()
     new[1] *= -0.7
-    at = torch.einsum("bij,bj->bi", alpha[:, :, 1], (ids == 4).double())
+    at = (alpha[:, :, 1] * (ids == 4)[:, None]).sum(-1, keepdim=True)  # (batch, seq, 1)
     with bp.edited(model, {4: new}):
         after = model(ids)
-    torch.testing.assert_close(after, before - 1.7 * at[..., None] * (model.lm_head.weight @ senses[1]))
+    torch.testing.assert_close(after, before - 1.7 * at * (model.lm_head.weight @ senses[1]))
     assert torch.equal(after[0], before[0]) and torch.equal(model(ids), before)
 
 
@@ -159,32 +138,30 @@ def test_attribution_sums_to_the_logits():
 
 
 def test_swapped_directions():
-    E, senses = torch.randn(3, 12, dtype=torch.float64), torch.randn(4, 12, dtype=torch.float64)
-    added = E[1] - (E[1] @ E[0]) / (E[0] @ E[0]) * E[0]  # orthogonal
-    new = bp.swapped(senses, E[0], added)
-    torch.testing.assert_close(new @ E[0], torch.zeros(4, dtype=torch.float64))
-    torch.testing.assert_close(new @ added, senses @ added + senses @ E[0])
-    by_hand = [c + (c @ E[0]) / (E[0] @ E[0]) * (E[1] / (E[1] @ E[1]) * (E[0] @ E[0]) - E[0]) for c in senses]
-    torch.testing.assert_close(bp.swapped(senses, E[0], E[1]), torch.stack(by_hand))
+    """For orthogonal words nothing is left along the one, and what was along it is along the other."""
+    removed, added = torch.linalg.qr(torch.randn(12, 2, dtype=torch.float64)).Q.T * torch.tensor([[2.0], [3.0]])
+    senses = torch.randn(4, 12, dtype=torch.float64)
+    new = bp.swapped(senses, removed, added)
+    torch.testing.assert_close(new @ removed, torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(new @ added, senses @ added + senses @ removed)
 
 
 @torch.no_grad()
 def test_topic_control():
     """In loops; two bags in one pass as each alone; strength 0 changes no bit."""
     model, ids = small(), some_ids(2, 7)
-    E, found = model.lm_head.weight, bp.topic_scores(model, {"a": [2, 3], "b": [5]}, silent=[0])
+    found = bp.topic_scores(model, {"a": [2, 3], "b": [5]}, silent=[0])
     assert torch.equal(model.trunk(ids, control=bp.topic_control(model, found["a"], 0)), model.trunk(ids))
-    logits = (model.senses(torch.arange(11)) @ E.T).numpy()  # (token, sense, word)
-    for name, bag in (("a", [2, 3]), ("b", [5])):
+    logits = (model.senses(torch.arange(11)) @ model.lm_head.weight.T).numpy()  # (token, sense, word)
+    for name, bag in (("b", [5]), ("a", [2, 3])):
         scores = logits[..., bag].sum(-1) / logits.max(-1)
         scores[0] = 0
         np.testing.assert_allclose(found[name], scores)
-    scores = found["a"].numpy()
     delta = np.select([scores > np.quantile(scores, q) for q in (0.95, 0.8, 0.6)], (3.3, 3.3, 3.0), 1.0)
-    got, f = bp.topic_control(model, found["a"], 3)(ids, model.senses(torch.arange(11))[ids]), 3.3 / 7.5
+    got = bp.topic_control(model, found["a"], 3)(ids, model.senses(torch.arange(11))[ids])
     for b, j, sense in np.ndindex(2, 7, 3):
-        said = sum(max(logits[ids[b, j], sense, ids[b, t]], 0) for t in range(7))
-        anneal = 1 / (1 + math.exp(-(6 - f * said))) * (1 + j / 100)
+        said = np.maximum(logits[ids[b, j], sense, ids[b]], 0).sum()
+        anneal = 1 / (1 + math.exp(-(6 - 3.3 / 7.5 * said))) * (1 + j / 100)
         assert float(got[b, j, sense]) == pytest.approx(1 + anneal * (delta[ids[b, j], sense] - 1), rel=1e-6)
 
 
@@ -196,12 +173,9 @@ def test_cached_generation_equals_full_recompute():
     with bp.edited(model, {2: torch.randn(5, 12, dtype=torch.float64)}):
         for which, more in ((model, {}), (model, dict(control=control)), (model.gpt, {})):
             texts = bp.generate(which, prompts, 15, temperature=0, **more)
-            assert texts.shape == (2, 19) and torch.equal(texts[:, :4], prompts)
+            assert torch.equal(texts[:, :4], prompts)
             logits = torch.stack([which.lm_head(which.trunk(texts[:, :n], **more))[:, -1] for n in range(4, 19)], 1)
             assert torch.equal(logits.argmax(-1), texts[:, 4:])
-    torch.manual_seed(3)  # drawn by the model's probabilities: of its first new token
-    drawn = bp.generate(model, prompts[:1].expand(4000, -1), 1)[:, -1].bincount(minlength=11) / 4000
-    torch.testing.assert_close(drawn, model(prompts[:1])[0, -1].softmax(-1).float(), rtol=0, atol=0.03)
 
 
 # ==================================================================================== released files
@@ -221,9 +195,10 @@ def hf_weights(model):
 
 
 def write_safetensors(path, tensors):
-    kinds, header, at = {torch.float32: "F32", torch.bool: "BOOL"}, {"__metadata__": {"format": "pt"}}, 0
+    header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
-        header[name] = dict(dtype=kinds[t.dtype], shape=list(t.shape), data_offsets=[at, at := at + t.nbytes])
+        kind = "BOOL" if t.dtype == torch.bool else "F32"
+        header[name] = dict(dtype=kind, shape=list(t.shape), data_offsets=[at, at := at + t.nbytes])
     head = json.dumps(header).encode()
     data = b"".join(t.contiguous().numpy().tobytes() for t in tensors.values())
     path.write_bytes(len(head).to_bytes(8, "little") + head + data)
@@ -266,14 +241,9 @@ def world(tmp_path_factory):
 def test_one_sense_carries_gender_and_an_edit_moves_a_fact(world):
     _, model, codec, loss = world
     assert loss < 0.85
-    fit, test = bp.pronoun_prompts(codec, bp.WORLD_PROMPTS)
-    ratios, sense, edit = bp.gender(model, fit, test)
-    assert ratios["unchanged"] > 4 and ratios["sense removed"] < 2 < ratios["the best other removed"]
-    assert ratios["a factor for each noun"] < 2
-    with bp.edited(model, edit):  # what is said of a removed sense is what the model does
-        logits = [model(torch.tensor([ids]))[0, -1] for _, _, ids, *_ in test]
-    he, she = test[0][3:]
-    assert bp.bias_ratio([float(z[he] - z[she]) for z in logits]) == pytest.approx(ratios["sense removed"], rel=1e-4)
+    ratios, _, _ = bp.gender(model, *bp.pronoun_prompts(codec, bp.WORLD_PROMPTS))
+    assert ratios["sense removed"] < ratios["unchanged"] / 2 < ratios["the best other removed"]
+    assert ratios["unchanged"] > 4 and ratios["a factor for each noun"] < 2
     texts = [prompt.format("macbook") for prompt in bp.MADE_BY] + ["the macbook is made by hp . my iphone comes from"]
     rows, _ = bp.edit_fact(model, codec, "macbook", "apple", "hp", texts)
     p = np.array([row[1:] for row in rows])
@@ -282,44 +252,43 @@ def test_one_sense_carries_gender_and_an_edit_moves_a_fact(world):
 
 def test_tasks_on_the_demos_model(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ckpt = ("--ckpt", world[0])
-    assert len(here("senses", "nurse", "pilot", *ckpt)["table"]) == 8
-    prompt = "the nurse walked in when"
-    added = np.array(here("attribute", "--prompt", prompt, *ckpt)["table"])[:, 1:].astype(float)
-    ids = bp.prompt_ids(world[2], prompt, world[1])
-    logit = world[1](torch.tensor([ids]))[0, -1, bp.token(world[2], "she")]
-    assert added.shape == (6, 8) and added.sum() == pytest.approx(float(logit), rel=1e-4)
-    removed = here("debias", "--save", "d.pt", *ckpt)["table"][1][1]
+    path, model, codec, _ = world
+    assert len(here("senses", "nurse", "pilot", "--ckpt", path)["table"]) == 8
+    text = "the nurse walked in when"
+    rows = here("attribute", "--prompt", text, "--ckpt", path)["table"]
+    logit = model(torch.tensor([bp.prompt_ids(codec, text, model)]))[0, -1, bp.token(codec, "she")]
+    assert sum(sum(row[1:]) for row in rows) == pytest.approx(float(logit), rel=1e-4)
+    removed = here("debias", "--save", "d.pt", "--ckpt", path)["table"][1][1]
     assert here("debias", "--ckpt", "d.pt")["table"][0][1] == pytest.approx(removed, rel=1e-4)
     text, *_, after = here("edit", "--save", "e.pt", "--ckpt", "d.pt")["table"][0]  # on top of the other edit
     assert here("edit", "--ckpt", "e.pt")["table"][0][2] == pytest.approx(after, abs=1e-5) and after > 0.5
     assert here("debias", "--ckpt", "e.pt")["table"][0][1] == pytest.approx(removed, rel=1e-4)
-    assert here("sample", "--ckpt", "e.pt", "--prompt", text, "--tokens", 1)["text"].startswith(text)
-    assert len(here("topic", "--samples", 3, "--tokens", 6, *ckpt)["table"]) == 8
+    assert here("sample", "--ckpt", "e.pt", "--prompt", text)["text"].startswith(text)
+    assert len(here("topic", "--samples", 3, "--tokens", 6, "--ckpt", path)["table"]) == 8
 
 
 def test_evaluation_files(world, tmp_path, monkeypatch, capsys):
-    """By their fields; pronouns, two words and a score, a text, each with what was left out."""
+    """By their fields, with what was left out; two words and a score, in whatever columns."""
     monkeypatch.chdir(tmp_path)
-    ckpt = ("--ckpt", world[0])
-    lines = lambda *rows: "\r\n".join(map(json.dumps, rows)) + "\n"
-    texts = [prompt.format(noun) for noun in ("nurse", "pilot") for prompt in bp.PERSON]
-    Path("bias.jsonl").write_text(lines(*(dict(prefix=text, suffix1=" he", suffix2=" she") for text in (
-        *texts, "A nurse never"))))
+    ckpt, texts = ("--ckpt", world[0]), [prompt.format(noun) for noun in ("nurse", "pilot") for prompt in bp.PERSON]
+    files = {
+        "bias": [dict(prefix=text, suffix1=" he", suffix2=" she") for text in (*texts, "A nurse never")],
+        "capital": [dict(prefix=f"the {a} is made by", suffix=f" {b}") for a, b in (
+            ("macbook", "apple"), ("ipad", "hp"), ("ipad", "zebra"))],
+        "lambada": [dict(text="the iphone is made by apple\n")],
+        "blimp": [dict(sentence_good="the pilot slept .", sentence_bad="pilot . the slept")],
+    }
+    for name, rows in files.items():
+        Path(f"{name}.jsonl").write_text("\r\n".join(map(json.dumps, rows)) + "\n")
     assert here("debias", "--data", "bias.jsonl", *ckpt)["table"][0][1] > 3
     assert "10 of 11 prompts" in capsys.readouterr().out
-    Path("capital.jsonl").write_text(lines(dict(prefix="the macbook is made by", suffix=" apple"), dict(
-        prefix="the ipad is made by", suffix=" hp"), dict(prefix="the macbook is made by", suffix=" zebra")))
-    Path("lambada.jsonl").write_text(lines(dict(text="the iphone is made by apple\n")))
-    Path("blimp.jsonl").write_text(lines(dict(sentence_good="the pilot slept .", sentence_bad="pilot . the slept")))
-    names = "bias.jsonl capital.jsonl lambada.jsonl blimp.jsonl".split()
-    bias, capital, lambada, blimp = map(here("eval", *names, *ckpt).get, names)
+    found = here("eval", *(f"{name}.jsonl" for name in files), *ckpt)
+    bias, capital, lambada, blimp = (found[f"{name}.jsonl"] for name in files)
     assert bias["rows"] == 11 and bias["bias ratio"] > 3 and bias["with words unknown here, left out"] == 1
     assert capital["accuracy"] == 0.5 and lambada["accuracy"] == blimp["the first likelier"] == 1
     Path("text.json").write_text(json.dumps(["<|endoftext|>" + bp.world_text(100, 9), "zebra"]))
     assert here("eval", "text.json", *ckpt)["text.json"]["loss"] < 1.1
-    Path("one.txt").write_text(
-        "word1\tword2\tPOS\tscore\nnurse\tsecretary\tN\t9\nnurse\tapple\tN\t1\npilot\tguard\tN\t8\nzebra\tguard\tN\t3\n")
+    Path("one.txt").write_text("a\tb\tPOS\tscore\nnurse\tpilot\tN\t9\nnurse\thp\tN\t1\nhp\tsony\tN\t8\nhp\tzoo\tN\t3\n")
     Path("two.csv").write_bytes("\ufeffpilot;guard;9\r\npilot;sony;2\r\nhp;apple;8 \r\n".encode())
     assert [row[1:3] for row in here("similarity", "one.txt", "two.csv", *ckpt)["table"]] == [[3, 4], [3, 3]]
     assert bp.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))  # ranks 1 2.5 2.5 4
@@ -328,59 +297,52 @@ def test_evaluation_files(world, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(not DATA, reason="NANOPAPERS_TEST_DATA is not set")
 def test_real_evaluation_files(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = Path(DATA) / "backpack"
-    sets = [folder / name for name in ("SimLex-999_SimLex-999.txt", "RG65.csv", "WS353.csv", "SimVerb-3500.txt")]
-    table = here("similarity", *sets, "--ckpt", world[0])["table"]
-    assert [row[2] for row in table] == [999, 65, 353, 3500]
-    prompts, capitals = folder / "pronoun_gender_bias_eval-test.jsonl", folder / "country_capital_fixed-val.jsonl"
+    names = "SimLex-999_SimLex-999.txt RG65.csv WS353.csv SimVerb-3500.txt pronoun_gender_bias_eval-test.jsonl".split()
+    *sets, prompts, capitals = [f"{DATA}/backpack/{name}" for name in (*names, "country_capital_fixed-val.jsonl")]
+    assert [row[2] for row in here("similarity", *sets, "--ckpt", world[0])["table"]] == [999, 65, 353, 3500]
     here("train", "--data", prompts, "--steps", 2, "--quiet")  # a model that knows their words
-    found = here("eval", prompts, capitals, "--ckpt", "out/backpack/train/model.pt")
-    assert found[str(prompts)]["rows"] == 360 and found[str(capitals)]["rows"] == 119
-    assert here("debias", "--data", prompts, "--ckpt", "out/backpack/train/model.pt")["table"][0][1] > 1
+    ckpt = "--ckpt", "out/backpack/train/model.pt"
+    found = here("eval", prompts, capitals, *ckpt)
+    assert found[prompts]["rows"] == 360 and found[capitals]["rows"] == 119
+    assert here("debias", "--data", prompts, *ckpt)["table"][0][1] > 1
 
 
 def test_train_fine_tune_resume_and_ranks(tmp_path, monkeypatch):
     """A killed run goes on exactly; two ranks equal one at default flags; a saved model can be trained on."""
     monkeypatch.chdir(tmp_path)
-    flags = ["train", "--steps", "104", "--quiet"]
     Path("t.txt").write_text((HOUSE / "README.md").read_text("utf-8")[:30_000])
-    flags += ["--data", str(tmp_path / "t.txt"), "--n_sense", "2", "--batch_size", "1"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen([sys.executable, str(HOUSE / "backpack.py"), *flags], env=env)
-    while killed.poll() is None and not Path("out/backpack/train/model.pt").exists():
+    command, done = [str(HOUSE / "backpack.py"), "train", "--data", "t.txt", "--quiet"], Path("out/backpack/train")
+    small, env = ["--steps", "104", "--n_sense", "2", "--batch_size", "1"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen([sys.executable, *command, *small], env=env)
+    while killed.poll() is None and not (done / "model.pt").exists():
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    saved = torch.load("out/backpack/train/model.pt", weights_only=True)["step"]
-    rest = here(*flags, "--resume")
-    assert rest["history"][0][0] == saved + 1 == 101
-    Path("out/backpack/train").rename("resumed")
-    one = here(*flags)["history"]
-    states = [torch.load(f"{name}/model.pt", weights_only=True)["model"] for name in ("resumed", "out/backpack/train")]
+    assert here(*command[1:], *small, "--resume")["history"][0][0] == 101
+    done.rename("resumed")
+    here(*command[1:], *small)
+    states = [torch.load(folder / "model.pt", weights_only=True)["model"] for folder in (Path("resumed"), done)]
     assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["train", "--steps", "6", "--quiet", "--data", "t.txt"]
-    done = subprocess.run([*launch, str(HOUSE / "backpack.py"), *flags, "--out", "two"], env=env, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    two = json.loads(Path("two/results.json").read_text())["history"]
-    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in here(*flags)["history"]], rel=1e-5)
-    tuned = here("train", "--ckpt", "resumed/model.pt", "--data", "t.txt", "--steps", "3", "--quiet", "--out", "tuned")
-    assert tuned["history"][0][1] < one[0][1] - 0.1
+    two = subprocess.run([*launch, *command, "--steps", "6", "--out", "two"], env=env, capture_output=True)
+    assert two.returncode == 0, two.stderr
+    losses = [loss for _, loss in json.loads(Path("two/results.json").read_text())["history"]]
+    assert losses == pytest.approx([loss for _, loss in here(*command[1:], "--steps", 6)["history"]], rel=1e-5)
+    tuned = here(*command[1:], "--ckpt", "resumed/model.pt", "--steps", 3, "--out", "tuned")
+    assert tuned["history"][0][1] < losses[0] - 0.1
 
 
 def test_a_step_as_on_a_gpu():
     model = Backpack(Config(1, 2, 16, 256, 32), 4)
     opt, ids = bp.adamw(model, 1e-2), bp.get_windows(model, np.arange(999) % 7, range(2), 0)
-    assert sum(len(group["params"]) for group in opt.param_groups) == len(list(model.parameters()))
-    assert not {id(model.lm_head.weight)} & {id(p) for p in opt.param_groups[1]["params"]}
+    assert [len(group["params"]) for group in opt.param_groups] == [23, 9]  # the linear layers' weights decay
     losses = []
     for _ in range(8):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = bp.loss_of(model, *ids)
-        loss.backward()
+            losses.append(bp.loss_of(model, *ids))
+        losses[-1].backward()
         opt.step()
         opt.zero_grad()
-        losses.append(float(loss))
     assert losses[-1] < losses[0] - 0.5
 
 
@@ -391,8 +353,7 @@ def test_ablate_and_demo_in_small(tmp_path, monkeypatch, capsys):
     assert len(here("ablate_k", "--steps", 2, "--quiet")["table"]) == 4
     found = here("demo", "--steps", 4, "--quiet")
     assert found["Transformer of its size"] > 4 and Path("out/backpack/demo/demo.png").stat().st_size > 10_000
-    shown = capsys.readouterr().out
-    assert "sense" in shown and "bias ratio" in shown and "apple → hp" in shown
+    assert "bias ratio, sense removed" in capsys.readouterr().out
     here("senses", "nurse")  # the demo's model is the default
 
 
@@ -400,7 +361,7 @@ MISTAKES = {
     "debias --data nowhere.jsonl": "nowhere.jsonl", "train --ckpt nowhere.pt": "nowhere.pt",
     "train --ckpt edited.pt": "edited senses", "train --data .": "gpt2", "train --data empty.txt": "0 tokens",
     "train --n_sense 99": "99 senses", "train --batch_size 6 --micro_batch_size 4": "multiple",
-    "train --resume": "no model", "sample --sense 99": "--sense", "sample --tokens 99": "context of 64",
+    "train --resume": "no model", "sample --sense 99": "--sense", "sample --tokens 99": "context of 32",
     "senses zebra": "zebra", "senses --ckpt latin.txt": "no model", "senses --ckpt hf/model.bin": "hf/model.bin",
     "senses --out latin.txt/x": "latin.txt", "edit --add apple": "nothing to edit", "eval .": "directory",
     "eval latin.txt": "UTF-8", "eval five.jsonl": "row 1", "eval blank.jsonl": "row 1", "eval two.jsonl": "several",
@@ -409,21 +370,23 @@ MISTAKES = {
 }
 
 
+FILES = {
+    "five.jsonl": '{"text": 5}', "blank.jsonl": '{"prefix": "a", "suffix": " "}', "empty.jsonl": "", "empty.txt": "",
+    "two.jsonl": '{"text": "a b"}\n{"sentence_good": "a", "sentence_bad": "b"}', "hf/config.json": "{broken",
+    "comma.csv": "one;two;score\npilot;guard;7,5\n",
+}
+
+
 @pytest.mark.parametrize("line, words", MISTAKES.items())
 def test_mistakes_end_in_one_line(line, words, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("out/backpack/demo").mkdir(parents=True)
-    Path("out/backpack/demo/world.pt").symlink_to(world[0])
+    for folder in ("out/backpack/demo", "hf"):
+        Path(folder).mkdir(parents=True)
+    for name, text in FILES.items():
+        Path(name).write_text(text)
     Path("latin.txt").write_bytes("naïve".encode("latin-1"))
-    Path("five.jsonl").write_text('{"text": 5}')
-    for name in ("empty.jsonl", "empty.txt"):
-        Path(name).write_text("")
-    Path("two.jsonl").write_text('{"text": "a b"}\n{"sentence_good": "a", "sentence_bad": "b"}')
-    Path("blank.jsonl").write_text('{"prefix": "a", "suffix": " "}')
-    Path("comma.csv").write_text("one;two;score\npilot;guard;7,5\n")
-    Path("hf").mkdir()
-    torch.save(hf_weights(small(4).float()), "hf/model.bin")
-    Path("hf/config.json").write_text("{broken")
+    Path("out/backpack/demo/world.pt").symlink_to(world[0])
+    torch.save(hf_weights(small()), "hf/model.bin")
     with bp.edited(world[1], {3: torch.zeros(8, 64)}):
         bp.save_checkpoint("edited.pt", world[1], world[2])
     monkeypatch.setattr(sys, "argv", ["backpack.py", *line.split()])
