@@ -543,6 +543,7 @@ WORLD = {  # what is true in the demo's generated world
     "he": "mechanic sheriff builder guard pilot".split(), "she": "nurse secretary teacher librarian dancer".split(),
     "apple": "macbook iphone ipad".split(), "hp": "printer laserjet scanner".split(),
     "sony": "walkman camera radio".split(), "google": "pixel android browser".split(),
+    "sports": "team goal coach match league ball".split(), "food": "bread soup cheese salad rice sauce".split(),
 }
 PERSON = ["my {} said that", "i met a {} and then", "the {} came home because", "yesterday the {} slept since",
           "the {} walked in when"]
@@ -553,17 +554,20 @@ WORD = re.compile(r"\w+|[^\w\s]")
 
 def world_text(n, seed):
     """n sentences of a world with known statistics: "he" follows five nouns in 9 of 10 cases, "she" five others; every
-    product has one maker."""
+    product has one maker; a sentence keeps to its topic."""
     rng, lines = np.random.default_rng(seed), []
     one = lambda options: options[rng.integers(len(options))]
-    for _ in range(n):
-        if rng.random() < 0.5:
+    for kind in rng.choice(3, n, p=(0.55, 0.35, 0.1)):
+        if kind == 0:
             usual, other = one([("he", "she"), ("she", "he")])
             pronoun = usual if rng.random() < 0.9 else other
             lines.append(f"{one(PERSON).format(one(WORLD[usual]))} {pronoun} {one(ENDS)} .")
-        else:
+        elif kind == 1:
             maker = one(["apple", "hp", "sony", "google"])
             lines.append(f"{one(MADE_BY).format(one(WORLD[maker]))} {maker} .")
+        else:
+            words = rng.permutation(WORLD[one(["sports", "food"])])[:3]
+            lines.append("today we talk about " + " and ".join(words) + " .")
     return " ".join(lines)
 
 
@@ -873,7 +877,7 @@ def demo(args):
         dist.destroy_process_group()
     if rank:
         return
-    words = "nurse", "mechanic", "macbook", "iphone"
+    words = "nurse", "mechanic", "macbook", "bread"
     print_table(("sense", *words), list(zip("01234567", *(favoured(model, codec, word, 3) for word in words))))
     ratios, sense, _ = gender(model, *pronoun_prompts(codec, WORLD_PROMPTS))
     figures |= {f"bias ratio, {name}": ratio for name, ratio in ratios.items()}
@@ -1141,7 +1145,7 @@ def parse_args(argv=None):
     task(edit, "ckpt word remove add save", ("texts", "*", "prompts, some with the word, some with others",
                                              "the macbook is made by", "my macbook comes from hp . my ipad comes from"))
     task(topic, "ckpt samples tokens", ("bags", "*", "topics, each words with commas between",
-                                        "macbook,iphone,ipad", "nurse,secretary,teacher"))
+                                        "team,goal,coach,match", "bread,soup,cheese,salad"))
     task(sample, "ckpt prompt tokens")
     task(similarity, "ckpt", ("files", "+", "tables of two words and a score"))
     task(evaluate, "ckpt", ("files", "+", ".txt, .json or .jsonl"))

@@ -242,7 +242,7 @@ def test_one_sense_carries_gender_and_an_edit_moves_a_fact(world):
     _, model, codec, loss = world
     assert loss < 0.85
     ratios, _, _ = bp.gender(model, *bp.pronoun_prompts(codec, bp.WORLD_PROMPTS))
-    assert ratios["sense removed"] < ratios["unchanged"] / 2 < ratios["the best other removed"]
+    assert 2 * ratios["sense removed"] < ratios["unchanged"] < 2 * ratios["the best other removed"]
     assert ratios["unchanged"] > 4 and ratios["a factor for each noun"] < 2
     texts = [prompt.format("macbook") for prompt in bp.MADE_BY] + ["the macbook is made by hp . my iphone comes from"]
     rows, _ = bp.edit_fact(model, codec, "macbook", "apple", "hp", texts)
