@@ -27,16 +27,32 @@ How to run it.
 
 What we measured (CPU, one thread, torch 2.13.0; `python backpack.py --seed 0`, 1, 2):
 
-@@TABLE@@
+    the paper, 170M weights                           here                       seed 0        seed 1        seed 2
+    perplexity 20.1, the Transformer inside 20.2      loss, Python's help topics, k = 16
+                                                      Backpack                   2.681         2.728         2.681
+                                                      Transformer inside         2.752         2.736         2.741
+                                                      Transformer of its size    2.635         2.660         2.647
+    bias ratio 4.34, one sense removed 2.88,          generated world, k = 8     9.4, 1.2      8.1, 1.1      9.2, 1.1
+    factors fitted 2.16                               best other removed; fit    9.4; 1.0      8.0; 1.1      8.8; 1.1
+                                                      all senses projected       1.2           1.1           1.1
+    MacBook: Apple → HP, shown by samples             P(hp), mean of 3 prompts   0.90          0.97          0.99
+                                                      iphone, ipad move by       < 0.0005      < 0.0005      < 0.0005
 
 The true bias ratio of the generated world is 9. The sense is located, and factors are fitted, on other prompts than
 those that count; the other products are asked for behind a sentence with the edited one. "Projected" takes E_he − E_she
 out of all senses of the noun: it removes as much without locating anything, but it knows the two pronouns, which the
 removed sense does not.
 
-What did not hold at this scale. @@NOT@@
+What did not hold at this scale. A Transformer with as many weights as the Backpack is ahead in all three runs;
+the gain is over the smaller one that it contains, which is the paper's comparison. Most senses of so small models speak
+of the next word. Topic control (`topic --samples 200`, help topics, strength 0 to 3) raises the share of "class, method,
+instance, attribute" from 0.008 to 0.024, of "string, bytes, character, encoding" only from 0.004 to 0.005; in the world
+it lowers that of "bread, soup, cheese, salad" from 0.010 to 0.001. The public model was not run (no network); the
+loader was, on files of its layout.
 
-A batch's senses are computed once for each distinct token. @@DEDUP@@
+A batch's senses are computed once for each distinct token. Of 8,192 words of web text 2,929 are
+distinct: at the paper's micro size their senses cost 1/2.6 of one computation a position, and the forward pass of 16 ×
+512 tokens with 50,264 rows 1.53 times the Transformer's (CPU time, one thread; the paper: 1.4).
 
 Where this file differs from the paper: no dropout; rows of E that pad the vocabulary have no probability in training;
 bfloat16 without loss scaling; small models start from wider weights than N(0, 0.02) and, in `ablate_k`, keep the sense
@@ -962,7 +978,7 @@ def save_edited(args, model, codec, edits):
 
 def topic(args):
     """Section 6.1: generate about a topic by making senses heavier that speak of it; what it costs."""
-    model, codec = open_model(args)
+    model, codec = open_model(args, "help.pt")
     bags = {bag: [token(codec, word) for word in bag.split(",")] for bag in args.bags}
     rows, start = [], tensor_for(model, [prompt_ids(codec, "", model, args.tokens)] * args.samples)
     scores = topic_scores(model, bags, [codec.start])
@@ -1145,7 +1161,7 @@ def parse_args(argv=None):
     task(edit, "ckpt word remove add save", ("texts", "*", "prompts, some with the word, some with others",
                                              "the macbook is made by", "my macbook comes from hp . my ipad comes from"))
     task(topic, "ckpt samples tokens", ("bags", "*", "topics, each words with commas between",
-                                        "team,goal,coach,match", "bread,soup,cheese,salad"))
+                                        "class,method,instance,attribute", "string,bytes,character,encoding"))
     task(sample, "ckpt prompt tokens")
     task(similarity, "ckpt", ("files", "+", "tables of two words and a score"))
     task(evaluate, "ckpt", ("files", "+", ".txt, .json or .jsonl"))

@@ -264,7 +264,7 @@ def test_tasks_on_the_demos_model(world, tmp_path, monkeypatch):
     assert here("edit", "--ckpt", "e.pt")["table"][0][2] == pytest.approx(after, abs=1e-5) and after > 0.5
     assert here("debias", "--ckpt", "e.pt")["table"][0][1] == pytest.approx(removed, rel=1e-4)
     assert here("sample", "--ckpt", "e.pt", "--prompt", text)["text"].startswith(text)
-    assert len(here("topic", "--samples", 3, "--tokens", 6, "--ckpt", path)["table"]) == 8
+    assert len(here("topic", "--samples", 3, "--tokens", 6, "--ckpt", path, "team,goal")["table"]) == 4
 
 
 def test_evaluation_files(world, tmp_path, monkeypatch, capsys):
