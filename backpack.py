@@ -22,8 +22,8 @@ How to run it.
     python backpack.py eval FILE…                .txt, .json, or .jsonl of LAMBADA, BLiMP, pronouns, capitals
     python backpack.py similarity SimLex-999.txt RG65.csv      any tables of two words and a score
     python backpack.py senses build --ckpt public              the authors' model (684 MB by download)
-    torchrun --nproc_per_node=8 backpack.py train --size small --tokenizer gpt2 --data FOLDER --steps 100000 \
-        --batch_size 1024 --micro_batch_size 32                the paper's recipe
+    torchrun --nproc_per_node=8 backpack.py train --size small --tokenizer gpt2 --data FOLDER       the paper's recipe
+        with --steps 100000 --batch_size 1024 --micro_batch_size 32; FOLDER has nanoGPT's train.bin and val.bin
 
 What we measured (CPU, one thread, torch 2.13.0; `python backpack.py --seed 0`, 1, 2):
 
@@ -36,23 +36,23 @@ What we measured (CPU, one thread, torch 2.13.0; `python backpack.py --seed 0`, 
     factors fitted 2.16                               best other removed; fit    9.4; 1.0      8.0; 1.1      8.8; 1.1
                                                       all senses projected       1.2           1.1           1.1
     MacBook: Apple → HP, shown by samples             P(hp), mean of 3 prompts   0.90          0.97          0.99
-                                                      iphone, ipad move by       < 0.0005      < 0.0005      < 0.0005
+                                                      iphone, ipad move by       0.00002       0.0002        0.0001
 
 The true bias ratio of the generated world is 9. The sense is located, and factors are fitted, on other prompts than
 those that count; the other products are asked for behind a sentence with the edited one. "Projected" takes E_he − E_she
 out of all senses of the noun: it removes as much without locating anything, but it knows the two pronouns, which the
 removed sense does not.
 
-What did not hold at this scale. A Transformer with as many weights as the Backpack is ahead in all three runs;
-the gain is over the smaller one that it contains, which is the paper's comparison. Most senses of so small models speak
-of the next word. Topic control (`topic --samples 200`, help topics, strength 0 to 3) raises the share of "class, method,
-instance, attribute" from 0.008 to 0.024, of "string, bytes, character, encoding" only from 0.004 to 0.005; in the world
-it lowers that of "bread, soup, cheese, salad" from 0.010 to 0.001. The public model was not run (no network); the
-loader was, on files of its layout.
+What did not hold at this scale. A Transformer with as many weights as the Backpack is ahead in all three runs; the
+gain is over the smaller one that it contains, which is the paper's comparison. Most senses of so small models speak
+of the next word. Topic control (`topic --samples 200`, help topics, strength 0 to 3) raises the share of "class,
+method, instance, attribute" from 0.008 to 0.024, of "string, bytes, character, encoding" only from 0.004 to 0.005; in
+the world it lowers that of "bread, soup, cheese, salad" from 0.010 to 0.001. The public model was not run (no
+network); the loader was, on files of its layout.
 
-A batch's senses are computed once for each distinct token. Of 8,192 words of web text 2,929 are
-distinct: at the paper's micro size their senses cost 1/2.6 of one computation a position, and the forward pass of 16 ×
-512 tokens with 50,264 rows 1.53 times the Transformer's (CPU time, one thread; the paper: 1.4).
+A batch's senses are computed once for each distinct token. Of 8,192 words of web text 2,929 are distinct: at the
+paper's micro size their senses cost 1/2.6 of one computation a position, and the forward pass of 16 × 512 tokens with
+50,264 rows 1.53 times the Transformer's (CPU time, one thread; the paper: 1.4).
 
 Where this file differs from the paper: no dropout; rows of E that pad the vocabulary have no probability in training;
 bfloat16 without loss scaling; small models start from wider weights than N(0, 0.02) and, in `ablate_k`, keep the sense
@@ -60,7 +60,9 @@ network's width. On a GPU kernels/sense_mix.py is used from 2,048 positions on, 
 torch.compile's. GPU: not measured since.
 
 Try:
-@@TRY@@
+    python backpack.py edit --word printer --remove hp --add sony "the printer is made by"      P(sony) 0.00 → 0.96
+    python backpack.py attribute                            sense 7 of "nurse" alone adds 2.87 to the logit of "she"
+    in small_model, std = 0.02, the paper's, 400 steps      loss 0.84 instead of 0.72, and no bias yet: ratio 1.16
 """
 
 import argparse
