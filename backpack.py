@@ -37,6 +37,7 @@ What we measured (CPU, one thread, torch 2.13.0; `python backpack.py --seed 0`, 
                                                       all senses projected       1.2           1.1           1.1
     MacBook: Apple → HP, shown by samples             P(hp), mean of 3 prompts   0.90          0.97          0.99
                                                       iphone, ipad move by       0.00002       0.0002        0.0001
+    k = 1, 4, 16: perplexity 38.5, 29.3, 26.0         `ablate_k`, 3 seeds        17.7, 16.1, 15.7; Transformer inside 17.0
 
 The true bias ratio of the generated world is 9. The sense is located, and factors are fitted, on other prompts than
 those that count; the other products are asked for behind a sentence with the edited one. "Projected" takes E_he − E_she
@@ -923,11 +924,11 @@ def demo(args):
 
 
 def ablate_k(args):
-    """Table 8: the number of senses. Three seeds."""
+    """Table 8: the number of senses."""
     _, rank, world = set_up(args)
     rows, text = [], help_topics()
     for k in (1, 4, 16, None):
-        losses = [small_model(args, args.seed + i, text, args.steps, k)[2] for i in range(3)]
+        losses = [small_model(args, args.seed + i, text, args.steps, k)[2] for i in range(args.seeds)]
         name = f"Backpack, k = {k}" if k else "Transformer inside"
         rows.append((name, np.mean(losses), np.std(losses), math.exp(np.mean(losses))))
     if rank == 0:
@@ -1122,6 +1123,7 @@ def parse_args(argv=None):
         "micro_batch_size": (0, "sequences a forward pass; 0: all that a rank has"),
         "lr": (6e-4, "peak learning rate, the paper's"),
         "resume": (False, "go on from the checkpoint in --out (one every 100 updates), a model of its size"),
+        "seeds": (3, "number of seeds, from --seed on"),
         "prompt": ("the nurse", "text"),
         "target": ("she", "the word whose logit is explained"),
         "word": ("macbook", "its senses are edited; public: MacBook"),
@@ -1156,7 +1158,7 @@ def parse_args(argv=None):
 
     task(demo, "steps no_plot quiet", steps=1200)
     task(train, "ckpt size n_sense tokenizer data steps batch_size micro_batch_size lr resume quiet")
-    task(ablate_k, "steps quiet")
+    task(ablate_k, "steps seeds quiet")
     task(senses, "ckpt", ("words", "*", "words to read", "nurse", "mechanic"))
     task(attribute, "ckpt prompt target", prompt="the nurse walked in when")
     task(debias, "ckpt data save")
@@ -1168,7 +1170,7 @@ def parse_args(argv=None):
     task(similarity, "ckpt", ("files", "+", "tables of two words and a score"))
     task(evaluate, "ckpt", ("files", "+", ".txt, .json or .jsonl"))
     args = parser.parse_args(argv)
-    for name in "steps batch_size lr samples tokens".split():
+    for name in "steps batch_size lr seeds samples tokens".split():
         if not getattr(args, name, 1) > 0:
             fail(f"--{name} {getattr(args, name)} must be above 0")
     return args
