@@ -37,7 +37,7 @@ What we measured (CPU, one thread, torch 2.13.0; `python backpack.py --seed 0`, 
                                                       all senses projected       1.2           1.1           1.1
     MacBook: Apple → HP, shown by samples             P(hp), mean of 3 prompts   0.90          0.97          0.99
                                                       iphone, ipad move by       0.00002       0.0002        0.0001
-    k = 1, 4, 16: perplexity 38.5, 29.3, 26.0         `ablate_k`, 3 seeds        17.7, 16.1, 15.7; Transformer inside 17.0
+    k = 1, 4, 16: perplexity 38.5, 29.3, 26.0         `ablate_k`, 3 seeds      17.7, 16.1, 15.7; inner Transformer 17.0
 
 The true bias ratio of the generated world is 9. The sense is located, and factors are fitted, on other prompts than
 those that count; the other products are asked for behind a sentence with the edited one. "Projected" takes E_he − E_she
@@ -865,7 +865,7 @@ def edit_fact(model, codec, word, remove, add, texts):
 # ==================================================================================== the experiments
 
 
-def show(args, header, rows):
+def print_and_save(args, header, rows):
     print_table(header, rows)
     save_results(args.out, args, table=rows)
 
@@ -932,7 +932,7 @@ def ablate_k(args):
         name = f"Backpack, k = {k}" if k else "Transformer inside"
         rows.append((name, np.mean(losses), np.std(losses), math.exp(np.mean(losses))))
     if rank == 0:
-        show(args, ("Python's help topics", "validation loss", "± sd", "perplexity"), rows)
+        print_and_save(args, ("Python's help topics", "validation loss", "± sd", "perplexity"), rows)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -942,7 +942,7 @@ def senses(args):
     """Tables 1 and 3: what the senses of words say, as the tokens that each of them favours."""
     model, codec = open_model(args)
     table = [[str(i) for i in range(model.n_sense)], *(favoured(model, codec, word, 5) for word in args.words)]
-    show(args, ("sense", *args.words), list(zip(*table)))
+    print_and_save(args, ("sense", *args.words), list(zip(*table)))
 
 
 def attribute(args):
@@ -951,7 +951,7 @@ def attribute(args):
     ids = prompt_ids(codec, args.prompt, model)
     added = attribution(model, ids, model.lm_head.weight[token(codec, args.target)]).tolist()  # (seq, n_sense)
     rows = [(codec.decode([i]), *row) for i, row in zip(ids, added)]
-    show(args, (f"to {args.target!r}, by sense", *map(str, range(model.n_sense))), rows)
+    print_and_save(args, (f"to {args.target!r}, by sense", *map(str, range(model.n_sense))), rows)
 
 
 def debias(args):
@@ -960,7 +960,7 @@ def debias(args):
     model, codec = open_model(args)
     ratios, sense, change = gender(model, *pronoun_prompts(codec, rows))
     save_edited(args, model, codec, change)
-    show(args, (f"bias ratio, sense {sense}", ""), list(ratios.items()))
+    print_and_save(args, (f"bias ratio, sense {sense}", ""), list(ratios.items()))
 
 
 def edit(args):
@@ -968,7 +968,7 @@ def edit(args):
     model, codec = open_model(args)
     rows, change = edit_fact(model, codec, args.word, args.remove, args.add, args.texts)
     save_edited(args, model, codec, change)
-    show(args, ("text", f"P({args.remove})", f"P({args.add})", "both, after", ""), rows)
+    print_and_save(args, ("text", f"P({args.remove})", f"P({args.add})", "both, after", ""), rows)
 
 
 def save_edited(args, model, codec, edits):
@@ -990,7 +990,7 @@ def topic(args):
         nats = -np.mean([log_prob(model, text[:1], text[1:])[0] for text in texts]) / args.tokens
         rows.append((name, str(strength), np.isin(texts, bags[name]).mean(), nats))
     print(codec.decode(texts[0]))
-    show(args, ("bag", "strength", "tokens in the bag", "nats a token without control"), rows)
+    print_and_save(args, ("bag", "strength", "tokens in the bag", "nats a token without control"), rows)
 
 
 def sample(args):
@@ -1039,7 +1039,7 @@ def similarity(args):
         *by_sense, embedding = [spearman(column, scores) for column in columns]
         best = best if rows else int(np.argmax(by_sense))
         rows.append((path, len(known), len(pairs), embedding, by_sense[best]))
-    show(args, ("Spearman correlation", "pairs found", "of", "embedding", f"sense {best}, best for the first"), rows)
+    print_and_save(args, ("Spearman correlation", "pairs found", "of", "embedding", f"sense {best}, best for the first"), rows)
 
 
 def read_json_lines(path):
