@@ -40,9 +40,8 @@ What we measured (CPU, one thread, torch 2.13.0; `python backpack.py --seed 0`, 
     k = 1, 4, 16: perplexity 38.5, 29.3, 26.0         `ablate_k`, 3 seeds      17.7, 16.1, 15.7; inner Transformer 17.0
 
 The true bias ratio of the generated world is 9. The sense is located, and factors are fitted, on other prompts than
-those that count; the other products are asked for behind a sentence with the edited one. "Projected" takes E_he − E_she
-out of all senses of the noun: it removes as much without locating anything, but it knows the two pronouns, which the
-removed sense does not.
+those that count; the other products are asked for behind a sentence with the edited one. "All senses projected", without
+what lies along E_he − E_she, is the simple way: it locates no sense and removes as much.
 
 What did not hold at this scale. A Transformer with as many weights as the Backpack is ahead in all three runs; the
 gain is over the smaller one that it contains, which is the paper's comparison. Most senses of so small models speak
@@ -1039,7 +1038,8 @@ def similarity(args):
         *by_sense, embedding = [spearman(column, scores) for column in columns]
         best = best if rows else int(np.argmax(by_sense))
         rows.append((path, len(known), len(pairs), embedding, by_sense[best]))
-    print_and_save(args, ("Spearman correlation", "pairs found", "of", "embedding", f"sense {best}, best for the first"), rows)
+    header = "Spearman correlation", "pairs found", "of", "embedding", f"sense {best}, best for the first"
+    print_and_save(args, header, rows)
 
 
 def read_json_lines(path):
