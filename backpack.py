@@ -40,8 +40,8 @@ What we measured (CPU, one thread, torch 2.13.0; `python backpack.py --seed 0`, 
     k = 1, 4, 16: perplexity 38.5, 29.3, 26.0         `ablate_k`, 3 seeds      17.7, 16.1, 15.7; inner Transformer 17.0
 
 The true bias ratio of the generated world is 9. The sense is located, and factors are fitted, on other prompts than
-those that count; the other products are asked for behind a sentence with the edited one. "All senses projected", without
-what lies along E_he − E_she, is the simple way: it locates no sense and removes as much.
+those that count; the other products are asked for behind a sentence with the edited one. "All senses projected",
+without what lies along E_he − E_she, is the simple way: it locates no sense and removes as much.
 
 What did not hold at this scale. A Transformer with as many weights as the Backpack is ahead in all three runs; the
 gain is over the smaller one that it contains, which is the paper's comparison. Most senses of so small models speak
