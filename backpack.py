@@ -17,58 +17,64 @@ direction in every context, by a known amount.
 
 How to run it.
 
-    python backpack.py                           small Backpacks and Transformers: losses, senses, edits (2 minutes)
-    python backpack.py senses nurse bread        of the demo's model; also attribute, debias, edit, topic, sample
+    python backpack.py                           small Backpacks and Transformers: losses, senses, edits (1 minute)
+    python backpack.py senses nurse pilot        of the demo's model; also attribute, debias, edit, topic, sample
     python backpack.py eval FILE…                .txt, .json, or .jsonl of LAMBADA, BLiMP, pronouns, capitals
     python backpack.py similarity SimLex-999.txt RG65.csv      any tables of two words and a score
     python backpack.py senses build --ckpt public              the authors' model (684 MB by download)
-    torchrun --nproc_per_node=8 backpack.py train --size small --tokenizer gpt2 --data FOLDER     the paper's recipe
+    torchrun --nproc_per_node=8 backpack.py train --size small --tokenizer gpt2 --data FOLDER       the paper's recipe
+        with --steps 100000 --batch_size 1024 --micro_batch_size 32; FOLDER has nanoGPT's train.bin and val.bin
 
 What we measured (CPU, one thread, torch 2.13.0; `python backpack.py --seed 0`, 1, 2):
 
-    the paper, 170M weights                              here                  seed 0        seed 1        seed 2
-    perplexity 20.1, the Transformer inside 20.2         loss, Python's help topics, k = 16
-                                                         Backpack              2.680         2.660         2.662
-                                                         inner Transformer     2.747         2.727         2.736
-                                                         as many weights       2.601         2.605         2.667
-    bias ratio 4.34, one sense removed 2.88,             generated world       9.1, 1.2      9.1, 1.1      10.1, 1.1
-    factors fitted 2.16                                  another removed; fit  8.4; 1.2      8.2; 1.0      9.8; 1.1
-    Transformer 7.02, gender projected out 6.72          Transformer           7.2, 7.0      8.2, 7.9      10.2, 8.8
-    MacBook: Apple → HP, shown by samples                P(hp), 3 prompts      0.78          0.88          0.96
-                                                         others move by        < 0.0001      < 0.0001      < 0.0001
-    k = 1, 4, 16: perplexity 38.5, 29.3, 26.0            `ablate_k`, 3 seeds   19.9, 17.6, 15.9; inner Transformer 16.5
+    the paper, 170M weights                           here                       seed 0        seed 1        seed 2
+    perplexity 20.1, the Transformer inside 20.2      loss, Python's help topics, k = 16
+                                                      Backpack                   2.681         2.728         2.681
+                                                      Transformer inside         2.752         2.736         2.741
+                                                      Transformer of its size    2.635         2.660         2.647
+    bias ratio 4.34, one sense removed 2.88,          generated world, k = 8     9.4, 1.2      8.1, 1.1      9.2, 1.1
+    factors fitted 2.16                               best other removed; fit    9.4; 1.0      8.0; 1.1      8.8; 1.1
+                                                      all senses projected       1.2           1.1           1.1
+    MacBook: Apple → HP, shown by samples             P(hp), mean of 3 prompts   0.90          0.97          0.99
+                                                      iphone, ipad move by       0.00002       0.0002        0.0001
+    k = 1, 4, 16: perplexity 38.5, 29.3, 26.0         `ablate_k`, 3 seeds      17.7, 16.1, 15.7; inner Transformer 17.0
 
-The true bias ratio of the world is 9. The sense is located, and factors are fitted, on other prompts than those that
-count; the other products are asked for behind a sentence with the edited one.
+The true bias ratio of the generated world is 9. The sense is located, and factors are fitted, on other prompts than
+those that count; the other products are asked for behind a sentence with the edited one. "All senses projected",
+without what lies along E_he − E_she, is the simple way: it locates no sense and removes as much.
 
-What did not hold at this scale. A Transformer with as many weights as the Backpack is ahead in two of three runs and
-level in one; the gain is over the smaller one that it contains, which is the paper's comparison. Most senses of so
-small models speak of the next word. The public model itself was not run (no network); the loader was, on files of its
-layout.
+What did not hold at this scale. A Transformer with as many weights as the Backpack is ahead in all three runs; the
+gain is over the smaller one that it contains, which is the paper's comparison. Most senses of so small models speak
+of the next word. Topic control (`topic --samples 200`, help topics, strength 0 to 3) raises the share of "class,
+method, instance, attribute" from 0.008 to 0.024, of "string, bytes, character, encoding" only from 0.004 to 0.005; in
+the world it lowers that of "bread, soup, cheese, salad" from 0.010 to 0.001. The public model was not run (no
+network); the loader was, on files of its layout.
+
+A batch's senses are computed once for each distinct token. Of 8,192 words of web text 2,929 are distinct: at the
+paper's micro size their senses cost 1/2.6 of one computation a position, and the forward pass of 16 × 512 tokens with
+50,264 rows 1.53 times the Transformer's (CPU time, one thread; the paper: 1.4).
 
 Where this file differs from the paper: no dropout; rows of E that pad the vocabulary have no probability in training;
-bfloat16 without loss scaling; a batch's senses are computed once for each distinct token; small models start from wider
-weights than N(0, 0.02). On a GPU kernels/sense_mix.py is used from 2,048 positions on, for its memory; the rest is
+bfloat16 without loss scaling; small models start from wider weights than N(0, 0.02) and, in `ablate_k`, keep the sense
+network's width. On a GPU kernels/sense_mix.py is used from 2,048 positions on, for its memory; the rest is
 torch.compile's. GPU: not measured since.
 
 Try:
-    python backpack.py debias --sense 0             another sense than the located 7: the bias ratio stays, 9.14 → 9.11
-    python backpack.py edit --word printer --remove hp --add sony --control laserjet     0.00 → 0.96; laserjet stays
-    in small_model, std = 0.02, the paper's          the world's Backpack has 0.840 after 400 steps, with 0.08 0.805
+    python backpack.py edit --word printer --remove hp --add sony "the printer is made by"      P(sony) 0.00 → 0.96
+    python backpack.py attribute                            sense 7 of "nurse" alone adds 2.87 to the logit of "she"
+    in small_model, std = 0.02, the paper's, 400 steps      loss 0.84 instead of 0.72, and no bias yet: ratio 1.16
 """
 
 import argparse
-import ast
 import json
 import math
 import os
 import re
 import sys
-import sysconfig
-import warnings
 from collections import Counter
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -93,15 +99,16 @@ class Config:
     n_layer: int = 12
     n_head: int = 12
     d: int = 768
-    n_vocab: int = 50264  # rows of the embedding: GPT-2's 50,257 padded to a multiple of 8
+    n_vocab: int = 50264  # rows of the embedding, a multiple of 8 for the sake of GPUs
     block_size: int = 512  # longest context, tokens
     std: float = 0.02  # of the first weights
+    n_tokens: int = 50257  # GPT-2's; the rows from here on pad the table and have no probability
 
 
 class MLP(nn.Module):
-    def __init__(self, d_in, d_hidden, d_out):
+    def __init__(self, d, d_out):
         super().__init__()
-        self.c_fc, self.c_proj = nn.Linear(d_in, d_hidden), nn.Linear(d_hidden, d_out)
+        self.c_fc, self.c_proj = nn.Linear(d, 4 * d), nn.Linear(4 * d, d_out)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -110,11 +117,11 @@ class MLP(nn.Module):
 class SenseNetwork(nn.Module):
     """C: embeddings (..., d) → senses (..., n_sense, d). No context, no position (section 2.2, appendix A.1)."""
 
-    def __init__(self, d, n_sense, width):
+    def __init__(self, d, n_sense):
         super().__init__()
         self.n_sense = n_sense
         self.ln_a, self.ln_b, self.ln_c = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.mlp, self.out = MLP(d, width * d, d), MLP(d, width * d, n_sense * d)
+        self.mlp, self.out = MLP(d, d), MLP(d, n_sense * d)
 
     def forward(self, x):
         x = x + self.ln_a(x)  # subtle: no use is known for this residual; all released weights were trained with it
@@ -129,41 +136,41 @@ def sense_weights(query, key, scale):
     → (batch, n_query, n_sense, seq), 0 for j > i.
     """
     scores = torch.einsum("bile,bjle->bilj", query, key) * scale
-    n_query, n_key = query.size(1), key.size(1)
-    future = torch.ones(n_query, n_key, dtype=torch.bool, device=query.device).triu(1 + n_key - n_query)
+    n_query, seq = query.size(1), key.size(1)
+    future = torch.ones(n_query, seq, dtype=torch.bool, device=query.device).triu(1 + seq - n_query)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return scores.masked_fill(future[:, None], -math.inf).softmax(-1)
 
 
-def mix(alpha, senses):
-    """o_i = Σ_l Σ_j α_lij·C(x_j)_l, one product over (l, j). senses (batch, seq, n_sense, d) → (batch, n_query, d)."""
-    return alpha.to(senses.dtype).flatten(2) @ senses.transpose(1, 2).flatten(1, 2)
-
-
 def sense_mix(query, key, table, index, scale):
-    """mix of sense_weights. table (rows, n_sense, d): senses of distinct tokens; index (batch, seq): their rows."""
-    return mix(sense_weights(query, key, scale), table[index])
+    """o_i = Σ_l Σ_j α_lij·C(x_j)_l as one product over (l, j).
+
+    query, key, scale: of sense_weights; table (rows, n_sense, d): senses of distinct tokens; index (batch, seq): the
+    row of each position → (batch, n_query, d).
+    """
+    senses = table[index].transpose(1, 2).flatten(1, 2)  # (batch, n_sense·seq, d)
+    return sense_weights(query, key, scale).to(table.dtype).flatten(2) @ senses
 
 
 class Backpack(nn.Module):
     """A Transformer that only weighs: logits = E·o, o of sense_mix; E embeds the tokens and feeds the sense network.
 
         model = Backpack(Config(n_layer=6, n_head=6, d=384), n_sense=16)
-        logits = model(ids)                                    # (batch, seq) int64 → (batch, seq, n_vocab)
+        logits = model(ids)                       # (batch, seq) int64 → (batch, seq, n_tokens)
 
-    width: hidden width of the sense network over d (4; 1 in the paper's ablation). divide_by_k: logits/k, as in
-    Levanter's weights. known: None while the weights change; after that a dict {token: senses (n_sense, d)} which
-    keeps what was computed once, and in which an edit is an entry that replaces another. ValueError: n_sense outside
-    1..d. """
+    known: None while the weights change; after that a dict {token: senses (n_sense, d)} which keeps what was computed
+    once, and in which an edit is an entry that replaces another. divisor: of the logits; n_sense in Levanter's weights.
+    ValueError: n_sense outside 1..d.
+    """
 
-    def __init__(self, config, n_sense=16, width=4, divide_by_k=False):
+    def __init__(self, config, n_sense=16):
         super().__init__()
         if not 1 <= n_sense <= config.d:
             raise ValueError(f"Backpack: {n_sense} senses; from 1 to the width, {config.d}, are possible")
-        self.config, self.n_sense, self.width, self.divisor = config, n_sense, width, n_sense if divide_by_k else 1
-        self.gpt, self.known = Transformer(config), None
+        self.config, self.n_sense, self.divisor, self.known = config, n_sense, 1, None
+        self.gpt = Transformer(config)
         self.lm_head = self.gpt.lm_head
-        self.sense_network = SenseNetwork(config.d, n_sense, width)
+        self.sense_network = SenseNetwork(config.d, n_sense)
         self.weight_net = nn.Linear(config.d, 2 * n_sense * (config.d // n_sense))  # queries, then keys
         initialise(self, config)
 
@@ -190,14 +197,15 @@ class Backpack(nn.Module):
         """ids (batch, seq) int64 → o (batch, seq, d). cache: a dict. control(ids, senses (batch, seq,
         n_sense, d)) → factors (batch, seq, n_sense) on the senses of every position."""
         (query, key, table, index, scale), ids = self.parts(ids, cache)
-        if control:
+        if control:  # each position gets a row of its own
             senses = table[index]
-            return mix(sense_weights(query, key, scale), senses * control(ids, senses)[..., None])
+            table = (senses * control(ids, senses)[..., None]).flatten(0, 1)
+            index = torch.arange(len(table), device=index.device).view_as(index)
         fused = fused_sense_mix and query.is_cuda and query.size(1) >= 2048 and query.shape == key.shape
         return (fused_sense_mix if fused else sense_mix)(query, key, table, index, scale)
 
     def forward(self, ids):
-        return self.lm_head(self.trunk(ids))
+        return self.lm_head(self.trunk(ids))[..., : self.config.n_tokens]
 
 
 @contextmanager
@@ -237,14 +245,14 @@ STRENGTHS = {0: (1, 1, 1, 1), 1: (1.5, 1.5, 1.3, 1), 2: (2.2, 2.2, 1.5, 1), 3: (
 
 
 @torch.no_grad()
-def topic_scores(model, bags, n_vocab, silent=()):
+def topic_scores(model, bags, silent=()):
     """How much a sense speaks of a bag of tokens: Σ_{w in bag} (E·C)_w / max_v (E·C)_v. One pass over the vocabulary.
 
-    bags {name: tokens} → {name: (n_vocab, n_sense)}, 0 for the tokens `silent`.
+    bags {name: tokens} → {name: (n_tokens, n_sense)}, 0 for the tokens `silent`.
     """
-    E, found = model.lm_head.weight[:n_vocab], {name: [] for name in bags}
-    for ids in torch.arange(n_vocab, device=E.device).split(64):
-        logits = model.sense_network(E[ids]) @ E.T  # (64, n_sense, n_vocab)
+    E, found = model.lm_head.weight[: model.config.n_tokens], {name: [] for name in bags}
+    for rows in E.split(64):
+        logits = model.sense_network(rows) @ E.T  # (64, n_sense, n_tokens)
         for name, bag in bags.items():
             found[name].append(logits[..., list(bag)].sum(-1) / logits.amax(-1))
     scores = {name: torch.cat(parts) for name, parts in found.items()}
@@ -260,13 +268,13 @@ def topic_control(model, scores, strength):
     prefix: a = Σ_t relu⟨E x_t, C(x_j)_l⟩ over the prefix, b = sigmoid(6 − f·a)·(1 + j/100), factor 1 + b·(δ − 1),
     f = max δ/7.5 (the authors' code; the paper has the inverse).
     """
-    delta, E = torch.tensor(STRENGTHS[strength], dtype=scores.dtype).to(scores.device), model.lm_head.weight
-    cuts = torch.from_numpy(np.quantile(scores.cpu().numpy(), (0.95, 0.8, 0.6))).to(scores)
-    classes, f = delta[(scores[..., None] <= cuts).sum(-1)], float(delta.max()) / 7.5  # (n_vocab, n_sense)
+    E, delta = model.lm_head.weight, scores.new_tensor(STRENGTHS[strength])
+    cuts = scores.flatten().quantile(scores.new_tensor((0.95, 0.8, 0.6)))
+    classes, f = delta[(scores[..., None] <= cuts).sum(-1)], delta.max() / 7.5  # (n_tokens, n_sense)
 
     def control(ids, senses):
         said = torch.einsum("bjld,btd->bjlt", senses, E[ids]).relu().sum(-1)
-        late = 1 + torch.arange(ids.size(1), device=ids.device).to(said)[:, None] / 100
+        late = 1 + torch.arange(ids.size(1)).to(said)[:, None] / 100
         return 1 + (6 - f * said).sigmoid() * late * (classes[ids] - 1)
 
     return control
@@ -280,7 +288,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.n_head, self.layer = n_head, layer
         self.scale = (d // n_head) ** -0.5 / (layer + 1)  # the authors': by layer, too
-        self.ln_1, self.ln_2, self.mlp = nn.LayerNorm(d), nn.LayerNorm(d), MLP(d, 4 * d, d)
+        self.ln_1, self.ln_2, self.mlp = nn.LayerNorm(d), nn.LayerNorm(d), MLP(d, d)
         self.attn = nn.ModuleDict(dict(c_attn=nn.Linear(d, 3 * d), c_proj=nn.Linear(d, d)))
 
     def forward(self, x, cache=None):
@@ -316,7 +324,7 @@ class Transformer(nn.Module):
         return self.transformer["ln_f"](x)
 
     def forward(self, ids):
-        return self.lm_head(self.trunk(ids))
+        return self.lm_head(self.trunk(ids))[..., : self.config.n_tokens]
 
 
 def initialise(model, config):
@@ -329,23 +337,33 @@ def initialise(model, config):
             nn.init.zeros_(p)
 
 
+def loss_of(model, ids, targets):
+    """Mean of −log P(target), nats a token. ids, targets: (batch, seq) int64."""
+    return F.cross_entropy(model(ids).flatten(0, 1).float(), targets.flatten())
+
+
+def tensor_for(model, ids):
+    return torch.tensor(ids, device=model.lm_head.weight.device)
+
+
 @torch.no_grad()
-def generate(model, prompts, n_new, n_vocab, temperature=1.0, seed=0, control=None):
-    """Lists of ids of any lengths, side by side and with a cache → each with n_new tokens more (the shorter ones
-    begin to be sampled while the longer ones are still being read). Temperature 0 takes the likeliest. control: of
-    Backpack.trunk."""
-    device = model.lm_head.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    rows = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
-    rows, cache, start = F.pad(rows, (0, n_new)), {}, 0
-    generator, more = torch.Generator(device).manual_seed(seed), dict(control=control) if control else {}
-    for at in range(int(lengths.min()), rows.size(1)):
-        logits = model.lm_head(model.trunk(rows[:, start:at], cache, **more)[:, -1]).float()[:, :n_vocab]
-        new = logits.argmax(-1)
-        if temperature:
-            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        rows[:, at], start = torch.where(at < lengths, rows[:, at], new), at
-    return [row[: length + n_new].tolist() for row, length in zip(rows, lengths)]
+def log_prob(model, before, after):
+    """Ids of a text and of a continuation → log P of the continuation, and whether all of it is the likeliest."""
+    ids = tensor_for(model, [*before, *after][-model.config.block_size - 1 :])
+    log_p, targets = model(ids[None, :-1])[0, -len(after) :].float().log_softmax(-1), ids[-len(after) :, None]
+    return float(log_p.gather(1, targets).sum()), bool((log_p.argmax(1, keepdim=True) == targets).all())
+
+
+@torch.no_grad()
+def generate(model, ids, n_new, temperature=1.0, **control):
+    """ids (batch, seq) int64 → (batch, seq + n_new), sampled with a cache; temperature 0 takes the likeliest.
+    control=: of Backpack.trunk."""
+    new, cache = ids, {}
+    for _ in range(n_new):
+        logits = model.lm_head(model.trunk(new, cache, **control)[:, -1])[:, : model.config.n_tokens].float()
+        new = (logits / temperature).softmax(-1).multinomial(1) if temperature else logits.argmax(-1, keepdim=True)
+        ids = torch.cat((ids, new), 1)
+    return ids
 
 
 # ==================================================================================== released weights and checkpoints
@@ -356,32 +374,30 @@ HF_NAMES = {  # by prefix: theirs → ours
     "backpack.sense_network.block.ln_1.": "sense_network.ln_b.",
     "backpack.sense_network.block.ln_2.": "sense_network.ln_c.",
     "backpack.sense_network.block.mlp.": "sense_network.mlp.",
-    "backpack.sense_network.final_mlp.": "sense_network.out.",
-    "backpack.sense_weight_net.c_attn.": "weight_net.",
-}
-TIED = {  # subtle: .safetensors keeps one of several names of one tensor, whichever; .bin keeps all
-    "gpt.transformer.wte.weight": (
-        "backpack.gpt2_model.wte.weight", "backpack.word_embeddings.weight", "lm_head.weight"),
-    "gpt.transformer.wpe.weight": ("backpack.gpt2_model.wpe.weight", "backpack.position_embeddings.weight"),
+    "backpack.sense_network.final_mlp.": "sense_network.out.", "backpack.sense_weight_net.c_attn.": "weight_net.",
+    # subtle: other names of wte and wpe. A .safetensors keeps one name of a tensor, whichever; a .bin keeps all
+    "backpack.word_embeddings.": "gpt.transformer.wte.", "lm_head.": "gpt.transformer.wte.",
+    "backpack.position_embeddings.": "gpt.transformer.wpe.",
 }
 
 
 def read_safetensors(path):
     """{name: tensor}: 8 bytes of header length, a JSON header, raw memory."""
     dtypes = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, BOOL=torch.bool)
-    raw = np.memmap(path, np.uint8, "c")
+    raw, tensors = np.memmap(path, np.uint8, "c"), {}
     start = 8 + int(raw[:8].view(np.uint64)[0])
-    header = json.loads(raw[8:start].tobytes())
-    header.pop("__metadata__", None)
-    place = {name: slice(*(start + offset for offset in about["data_offsets"])) for name, about in header.items()}
-    return {name: torch.from_numpy(raw[place[name]]).view(dtypes[about["dtype"]]).view(about["shape"])
-            for name, about in header.items()}
+    for name, about in json.loads(bytes(raw[8:start])).items():
+        if name != "__metadata__":
+            first, last = about["data_offsets"]
+            values = torch.from_numpy(raw[start + first : start + last])
+            tensors[name] = values.view(dtypes[about["dtype"]]).view(about["shape"])
+    return tensors
 
 
 def from_hugging_face(path, n_head=None, divide_by_k=False):
     """stanfordnlp/backpack-gpt2 and models like it, .bin or .safetensors, with or without the copies of tied tensors
-    → Backpack in float32. What the shapes do not tell, n_head and the division by k (Levanter's), comes from a
-    config.json beside the file ("n_head", "divide_by_k") or the arguments. ValueError: no such model."""
+    → Backpack in float32. What the shapes do not tell, n_head and the division by k (Levanter's), comes from the
+    arguments or from a config.json beside the file ("n_head", "divide_by_k"). ValueError: no such model."""
     path, state = Path(path), {}
     weights = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     beside = path.with_name("config.json")
@@ -391,65 +407,58 @@ def from_hugging_face(path, n_head=None, divide_by_k=False):
         if theirs and not re.search(r"\.attn\.(masked_)?bias$", name):  # masks of old transformers versions
             transposed = re.search(r"\.c_(attn|proj|fc)\.weight$", name) and "weight_net" not in name  # kept (in, out)
             state[name.replace(theirs, HF_NAMES[theirs])] = (w.t() if transposed else w).float()
-    for ours, names in TIED.items():
-        state[ours] = next((weights[name].float() for name in names if name in weights), None)
-    if any(w is None for w in state.values()) or "sense_network.out.c_proj.bias" not in state:
-        raise ValueError(f"{path}: no Backpack in Hugging Face's layout; it has {', '.join([*weights][:3])}")
-    n_vocab, d = state["gpt.transformer.wte.weight"].shape
-    n_head = n_head or told.get("n_head") or d // 64
-    if d % n_head or not told.get("scale_attn_by_inverse_layer_idx", True):
-        raise ValueError(f"{path}: {n_head} heads at width {d}, or attention that is not scaled by layer")
-    n_layer = len([name for name in state if name.endswith("attn.c_attn.bias")])
-    config = Config(n_layer, n_head, d, n_vocab, len(state["gpt.transformer.wpe.weight"]))
-    n_sense, width = len(state["sense_network.out.c_proj.bias"]) // d, len(state["sense_network.mlp.c_fc.bias"]) // d
-    model = Backpack(config, n_sense, width, divide_by_k or told.get("divide_by_k", False))
+    if "weight_net.weight" not in state or not told.get("scale_attn_by_inverse_layer_idx", True):
+        raise ValueError("no Backpack in Hugging Face's layout, or attention that is not scaled by layer")
     state["lm_head.weight"] = state["gpt.lm_head.weight"] = state["gpt.transformer.wte.weight"]
+    n_vocab, d = state["lm_head.weight"].shape
+    n_layer = sum(name.endswith("attn.c_attn.bias") for name in state)
+    block_size = len(state["gpt.transformer.wpe.weight"])
+    n_sense = len(state["sense_network.out.c_proj.bias"]) // d
+    config = Config(n_layer, n_head or told.get("n_head", d // 64), d, n_vocab, block_size)
+    model = Backpack(config, n_sense)
+    model.divisor = n_sense if divide_by_k or told.get("divide_by_k") else 1
     model.load_state_dict(state)
     return model
 
 
-def save_checkpoint(path, model, codec, edits=None):
-    """A checkpoint with the tokenizer and the senses of tokens that were edited, {token: (n_sense, d)}."""
-    about = dict(config=asdict(model.config), tokenizer=codec.name, words=codec.words)
-    if isinstance(model, Backpack):
-        about |= dict(n_sense=model.n_sense, width=model.width, divide_by_k=model.divisor > 1)
-    state = dict(about=about, model=model.state_dict(), edits=edits or {})
+def save_checkpoint(path, model, codec, **more):
+    """Weights, tokenizer and known senses, those of edited tokens among them, for read_checkpoint."""
+    about = {name: getattr(model, name, None) for name in ("n_sense", "divisor", "known")}
+    state = dict(config=asdict(model.config), words=codec.words, model=model.state_dict(), **about, **more)
     torch.save(state, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
-    print(path)
 
 
-def open_model(args, default="world.pt"):
-    """--ckpt: ours, "public", or a released file (default: the demo's) → (model on the device, codec)."""
-    device, _, _ = set_up(args)
-    path = download(PUBLIC) if args.ckpt == "public" else Path(args.ckpt or f"out/backpack/demo/{default}")
+def read_checkpoint(path, device):
+    """A file of save_checkpoint or from_hugging_face, or "public" → (model, codec, what else the file has)."""
+    path = download(PUBLIC) if path == "public" else Path(path)
     if not path.is_file():
-        fail(f"no model at {path}: python backpack.py makes one, or give --ckpt FILE or --ckpt public")
+        fail(f"no model at {path}: python backpack.py makes the demo's; else --ckpt FILE or --ckpt public")
     try:
         saved = {} if path.suffix == ".safetensors" else torch.load(path, device, weights_only=True)
-        if "about" in saved:
-            about = saved["about"]
-            codec = codec_of(about.pop("tokenizer"), about.pop("words"))
-            config = Config(**about.pop("config"))
-            model = Backpack(config, **about) if about else Transformer(config)
+        if "config" in saved:
+            config, n_sense = Config(**saved["config"]), saved["n_sense"]
+            model = Backpack(config, n_sense) if n_sense else Transformer(config)
             model.load_state_dict(saved["model"])
+            model.divisor = saved["divisor"]
         else:
-            model, codec = from_hugging_face(path, args.n_head, args.divide_by_k), codec_of("gpt2")
+            model = from_hugging_face(path)
     except Exception as error:  # torch raises a dozen kinds for a file that is none of its own
         fail(f"{path} is no model that can be read here: {str(error).splitlines()[0]}")
-    if codec.n_vocab > model.config.n_vocab:
-        fail(f"{path} has {model.config.n_vocab} rows, too few for its tokenizer, {codec.name}, of {codec.n_vocab} ids")
-    if isinstance(model, Backpack):
-        model.known = dict(saved.get("edits") or {})
-    if device.type == "cpu" and model.config.d < 256:
-        torch.set_num_threads(1)  # a second one costs small matrices more than it brings
-    return model.to(device).eval().requires_grad_(False), codec
+    codec = Codec(saved.get("words"))
+    if codec.n_tokens > model.config.n_vocab:
+        fail(f"{path} has {model.config.n_vocab} rows, too few for the {codec.n_tokens} tokens of gpt2")
+    return model.to(device), codec, saved
 
 
-def open_backpack(args, default="world.pt"):
-    model, codec = open_model(args, default)
-    return (model, codec) if isinstance(model, Backpack) else fail(f"{args.ckpt} is a Transformer: it has no senses")
-
+def open_model(args, default="world.pt", kind=Backpack):
+    """--ckpt, or the demo's model, to be read and edited, not trained → (model, codec)."""
+    device, _, _ = set_up(args)
+    model, codec, saved = read_checkpoint(args.ckpt or f"out/backpack/demo/{default}", device)
+    if not isinstance(model, kind):
+        fail(f"{args.ckpt} is a Transformer: it has no senses")
+    model.known = saved.get("known") or {}
+    return model.requires_grad_(False), codec
 
 
 # ==================================================================================== the same in every file
@@ -546,106 +555,78 @@ def figure(path, args, draw, size=(7, 4.5)):
     print(path)
 
 
-def stdlib_sources():
-    """The sources that every Python ships, a list of texts in a fixed order."""
-    root, skip = Path(sysconfig.get_path("stdlib")), {"test", "tests", "idle_test", "site-packages", "pydoc_data"}
-    files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
-    return [p.read_text("utf-8", "ignore") for p in files]
-
-
-def stdlib_prose():
-    """The English that every Python ships, in a fixed order: help topics, then each module's docstrings."""
-    from pydoc_data.topics import topics
-
-    warnings.simplefilter("ignore", SyntaxWarning)  # of old escapes in other people's strings
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    nodes = [[n for n in ast.walk(ast.parse(source)) if isinstance(n, documented)] for source in stdlib_sources()]
-    docstrings = ["\n\n".join(filter(None, map(ast.get_docstring, file))) for file in nodes]
-    return [topics[name] for name in sorted(topics)] + docstrings
-
-
 # ==================================================================================== texts and tokens
 
 WORLD = {  # what is true in the demo's generated world
     "he": "mechanic sheriff builder guard pilot".split(), "she": "nurse secretary teacher librarian dancer".split(),
-    "both": "writer cook doctor clerk".split(),
-    "makers": {"apple": ["macbook", "iphone", "ipad"], "hp": ["printer", "laserjet", "scanner"],
-               "sony": ["walkman", "camera", "radio"], "google": ["pixel", "android", "browser"]},
-    "topics": {"sports": "team goal coach match league ball".split(),
-               "food": "bread soup cheese salad rice sauce".split(),
-               "music": "song band guitar piano melody drum".split()},
+    "apple": "macbook iphone ipad".split(), "hp": "printer laserjet scanner".split(),
+    "sony": "walkman camera radio".split(), "google": "pixel android browser".split(),
+    "sports": "team goal coach match league ball".split(), "food": "bread soup cheese salad rice sauce".split(),
 }
-HE_SHARE = {"he": 0.9, "she": 0.1, "both": 0.5}
 PERSON = ["my {} said that", "i met a {} and then", "the {} came home because", "yesterday the {} slept since",
           "the {} walked in when"]
-PERSON_ENDS = ["smiled", "was tired", "had time", "knew the way", "saw the light"]
+ENDS = ["smiled", "was tired", "had time", "knew the way", "saw the light"]
 MADE_BY = ["the {} is made by", "my {} comes from", "people who like the {} like"]
-ABOUT = ["today we talk about {} and {} and {}", "the {} and the {} go with the {}", "a {} or a {} or a {}"]
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def world_text(n_sentences, *counter):
-    """Sentences of a world with known statistics: a noun of "he" goes on with "he" in 9 of 10 cases, every product
-    has one maker, four sentences in a row keep to a topic. The draw depends on the counter alone."""
-    rng, lines = np.random.default_rng(counter), []
-    people = [(noun, HE_SHARE[kind]) for kind in HE_SHARE for noun in WORLD[kind]]
-    products = [(product, maker) for maker, made in WORLD["makers"].items() for product in made]
+def world_text(n, seed):
+    """n sentences of a world with known statistics: "he" follows five nouns in 9 of 10 cases, "she" five others; every
+    product has one maker; a sentence keeps to its topic."""
+    rng, lines = np.random.default_rng(seed), []
     one = lambda options: options[rng.integers(len(options))]
-    while len(lines) < n_sentences:
-        kind = rng.random()
-        if kind < 0.5:
-            noun, share = one(people)
-            lines.append(f"{one(PERSON).format(noun)} {'he' if rng.random() < share else 'she'} {one(PERSON_ENDS)} .")
-        elif kind < 0.9:
-            product, maker = one(products)
-            says = rng.random() < 0.8
-            lines.append(f"{one(MADE_BY).format(product)} {maker} ." if says else f"{maker} makes the {product} .")
+    for kind in rng.choice(3, n, p=(0.55, 0.35, 0.1)):
+        if kind == 0:
+            usual, other = one([("he", "she"), ("she", "he")])
+            pronoun = usual if rng.random() < 0.9 else other
+            lines.append(f"{one(PERSON).format(one(WORLD[usual]))} {pronoun} {one(ENDS)} .")
+        elif kind == 1:
+            maker = one(["apple", "hp", "sony", "google"])
+            lines.append(f"{one(MADE_BY).format(one(WORLD[maker]))} {maker} .")
         else:
-            bag = one(list(WORLD["topics"].values()))
-            lines += [one(ABOUT).format(*rng.choice(bag, 3, replace=False)) + " ." for _ in range(4)]
-    return " ".join(lines[:n_sentences])
+            words = rng.permutation(WORLD[one(["sports", "food"])])[:3]
+            lines.append("today we talk about " + " and ".join(words) + " .")
+    return " ".join(lines)
 
 
-@dataclass
+def help_topics():
+    """The English that every Python ships: pydoc's help."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
 class Codec:
-    name: str  # words, gpt2 or bytes
-    encode: object  # str → list of ids
-    decode: object  # list of ids → str
-    n_vocab: int
-    start: int  # the id that a text starts with
-    words: list | None = None  # of "words": every token
+    """Text ↔ ids: GPT-2's byte pairs or, of a list of them, lower-cased words; its first stands for all others."""
 
+    def __init__(self, words=None):
+        self.words = words
+        if words:
+            number = {word: i for i, word in enumerate(words)}
+            self.encode = lambda text: [number.get(word, 0) for word in WORD.findall(text.lower())]
+            self.decode = lambda ids: " ".join(words[i] for i in ids)
+            self.n_tokens, self.start, self.unknown = len(words), number["."], 0  # a text begins after a "."
+        else:
+            import tiktoken
 
-def codec_of(name, words=None):
-    if name == "bytes":
-        return Codec(name, lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace"), 256, 10)
-    if name == "words":  # lower-cased words and punctuation; those that are not in the list are the first, <unk>
-        number = {word: i for i, word in enumerate(words)}
-        encode = lambda text: [number.get(word, 0) for word in WORD.findall(text.lower())]
-        return Codec(name, encode, lambda ids: " ".join(words[i] for i in ids), len(words), number["."], words)
-    import tiktoken
-
-    try:
-        gpt2 = tiktoken.get_encoding("gpt2")
-    except OSError as error:
-        fail(f"the gpt2 tokenizer needs tiktoken's one-time download: {error}")
-    return Codec(name, gpt2.encode_ordinary, gpt2.decode, 50257, 50256)
+            gpt2 = tiktoken.get_encoding("gpt2")  # a download at its first use
+            self.encode, self.decode = gpt2.encode_ordinary, gpt2.decode
+            self.n_tokens, self.start, self.unknown = 50257, 50256, None
 
 
 def token(codec, word):
-    """The id of a word inside a text (gpt2: with its space), which must be one token."""
-    ids = codec.encode(word if codec.name == "words" else f" {word}")
-    if len(ids) != 1 or codec.name == "words" and not ids[0]:
-        known = f"one of the {codec.n_vocab} words" if codec.name == "words" else f"one token but {len(ids)}"
-        fail(f"{word!r} is not {known} of this model: take another word")
+    """The id of a word inside a text, which must be one token."""
+    ids = codec.encode(f" {word}")
+    if len(ids) != 1 or codec.unknown in ids:
+        fail(f"{word!r} is not one of the {codec.n_tokens} tokens of this model: take another word")
     return ids[0]
 
 
 def prompt_ids(codec, text, model, n_new=0):
     """The ids of a prompt behind the token that starts a text. Unknown words and too long a prompt are refused."""
     ids = [codec.start, *codec.encode(text)]
-    if codec.name == "words" and (new := [word for word in WORD.findall(text.lower()) if word not in codec.words]):
-        fail(f"{new[0]!r} is not one of the {codec.n_vocab} words of this model")
+    if codec.unknown in ids:
+        fail(f"{text!r} has words that are none of the {codec.n_tokens} of this model")
     if len(ids) + n_new > model.config.block_size:
         fail(f"{len(ids)} tokens of prompt and {n_new} new ones exceed the context of {model.config.block_size}")
     return ids
@@ -658,458 +639,299 @@ def text_of(path):
         fail(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8")
 
 
-def read_shard(path):
-    """Memory-mapped gpt2 tokens of a .bin: nanoGPT's raw uint16, or uint16 behind 256 int32 (20240520, 1, …)."""
-    headed = list(np.fromfile(path, np.int32, 2)) == [20240520, 1]
+def read_tokens(path):
+    """Memory-mapped gpt2 tokens of a .bin of raw uint16, as nanoGPT writes them."""
     try:
-        shard = np.memmap(path, np.uint16, "r", offset=1024 if headed else 0)
+        ids = np.memmap(path, np.uint16, "r")
     except ValueError as error:  # empty, or of an odd length
         fail(f"{path}: {error}")
-    start = shard[:1_000_000]
-    if start.max() > 50256 or not start[1::2].any():
-        fail(f"{path} does not hold 16-bit gpt2 tokens: ids up to {start.max()}, in every second place up to "
-             f"{start[1::2].max(initial=0)} (32-bit ids? np.fromfile(path, np.uint32).astype(np.uint16).tofile(path))")
-    return shard
+    if ids[:1_000_000].max() > 50256 or not ids[1:1_000_000:2].any():
+        fail(f"{path} does not hold 16-bit gpt2 tokens (32-bit ids, or a header?)")
+    return ids
+
+
+def split_text(text, codec=None):
+    """→ training ids, validation ids (the last tenth), codec: if none is given, of the 1,022 most frequent words."""
+    if codec is None:
+        counts = Counter(WORD.findall(text.lower()))
+        del counts["."]
+        codec = Codec(["<unk>", ".", *(word for word, _ in counts.most_common(1022))])
+    ids = np.array(codec.encode(text))
+    return *np.split(ids, [len(ids) * 9 // 10]), codec
 
 
 def load_data(data, codec):
-    """→ (training shards, validation shards): lists of arrays of ids. data: "prose" (what every Python ships; every
-    20th text for validation), a text file (its last tenth), or a folder of *train*.bin and *val*.bin shards of gpt2
-    tokens."""
-    path = Path(data)
-    if path.is_dir():
-        shards = [[read_shard(p) for p in sorted(path.glob(f"*{split}*.bin"))] for split in ("train", "val")]
-        if codec.name != "gpt2" or not all(shards):
-            fail(f"--data {data}: shards want --tokenizer gpt2 and files *train*.bin and *val*.bin")
-        return shards
-    if data == "prose":
-        texts = stdlib_prose()
-        parts = ["\n".join(t for i, t in enumerate(texts) if (i % 20 == 19) == held_out) for held_out in (False, True)]
-    elif path.is_file():
-        text = text_of(path)
-        parts = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
-    else:
-        fail(f"--data {data}: no such file or folder, and not prose")
-    return [[np.array(codec.encode(part))] for part in parts]
+    """--data as split_text gives it: help topics, a text file, or a folder of train.bin and val.bin, gpt2 tokens."""
+    if not data or not Path(data).is_dir():
+        return split_text(text_of(data) if data else help_topics(), codec)
+    if codec is None or codec.words:
+        fail(f"--data {data}: a folder of train.bin and val.bin wants --tokenizer gpt2")
+    return read_tokens(Path(data) / "train.bin"), read_tokens(Path(data) / "val.bin"), codec
 
 
-def get_batch(shards, sequences, seq, device, *counter):
+def get_windows(model, ids, sequences, *counter):
     """Windows of ids and of the ids that follow, (sequences, seq) int64 each. Sequence i depends on (counter, i)
     alone: the data are the same whatever the micro-batch and the number of ranks."""
-    lengths, rows = np.array([len(shard) for shard in shards]), []
-    for i in sequences:
-        rng = np.random.default_rng((*counter, i))
-        shard = shards[rng.choice(len(shards), p=lengths / lengths.sum())]
-        start = rng.integers(len(shard) - seq)
-        rows.append(shard[start : start + seq + 1].astype(np.int64))
-    rows = torch.from_numpy(np.stack(rows)).to(device)
+    seq = model.config.block_size
+    starts = [np.random.default_rng((*counter, i)).integers(len(ids) - seq) for i in sequences]
+    rows = tensor_for(model, np.stack([ids[i : i + seq + 1] for i in starts]).astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
 
 # ==================================================================================== training
 
 
-class Loss(nn.Module):
-    """Mean of −log P(target) in nats; rows of E beyond n_vocab pad the vocabulary."""
-
-    def __init__(self, model, n_vocab):
-        super().__init__()
-        self.model, self.n_vocab = model, n_vocab
-
-    def forward(self, ids, targets):
-        return F.cross_entropy(self.model(ids)[..., : self.n_vocab].flatten(0, 1).float(), targets.flatten())
-
-
 @torch.no_grad()
-def validation_loss(loss_of, shards, seq, n=256):
-    """Over n windows of seq tokens, evenly spaced, none overlapping."""
-    device, losses = loss_of.model.lm_head.weight.device, []
-    windows = [shard[i : i + seq + 1] for shard in shards for i in range(0, len(shard) - seq, seq)]
-    for window in windows[:: max(1, len(windows) // n)][:n]:
-        row = torch.from_numpy(window.astype(np.int64))[None].to(device)
-        losses.append(float(loss_of(row[:, :-1], row[:, 1:])))
-    return float(np.mean(losses))
+def mean_loss(model, ids, at_most=256):
+    """Nats a token over so many windows of the model's context, evenly spaced, none overlapping."""
+    seq = model.config.block_size
+    starts = range(0, len(ids) - seq, seq)
+    starts = starts[:: -(-len(starts) // at_most)]
+    rows = tensor_for(model, np.stack([ids[i : i + seq + 1] for i in starts]).astype(np.int64))
+    return float(torch.stack([loss_of(model, row[None, :-1], row[None, 1:]) for row in rows]).mean())
 
 
 def adamw(model, lr):
-    """AdamW; weight decay on linear layers only (appendix A.2)."""
-    linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} - {model.lm_head.weight}
-    groups = [dict(params=[p for p in model.parameters() if (p in linear) == decays], weight_decay=0.1 * decays)
-              for decays in (True, False)]
+    """AdamW; weight decay on linear layers only, not on embeddings, norms, biases (appendix A.2)."""
+    groups = [dict(params=[], weight_decay=0.0), dict(params=[], weight_decay=0.1)]
+    for name, p in model.named_parameters():
+        groups[p.dim() == 2 and "wte" not in name and "wpe" not in name]["params"].append(p)
     return torch.optim.AdamW(groups, lr, (0.9, 0.999), fused=True)
 
 
-def training(model, opt, shards, n_vocab, *, steps, batch, seq, lr, seed, warmup, micro=None, first=0, name="",
-             quiet=False):
-    """The paper's recipe: gradients clipped at 1, linear warm-up, then linear to 0. Yields (step, loss) after every
-    update, so that the caller saves, stops, prints. batch: sequences an update, over all ranks; micro: a forward
-    pass."""
-    device, rank, world = model.lm_head.weight.device, 0, 1
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-    micro = micro or batch // world
+def training(model, opt, ids, steps, batch, seed, micro=None, first=0, name="train", quiet=False):
+    """The paper's recipe: gradients clipped at 1, warm-up over 5 % of the steps, then linear to 0. Yields (step, loss)
+    after every update, so that the caller saves, stops, prints. batch: sequences an update, over all ranks; micro: a
+    forward pass."""
+    device, peak, warmup = model.lm_head.weight.device, opt.defaults["lr"], steps // 20
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    micro, on_gpu = micro or batch // world or 1, device.type == "cuda"
     if batch % (micro * world):
         fail(f"{batch} sequences an update are not a multiple of {micro} a forward pass × {world} ranks")
-    if min(map(len, shards)) <= seq + 1:
-        fail(f"{min(map(len, shards))} tokens of training data are too few for a context of {seq}")
-    ddp = loss_of = Loss(model.train().requires_grad_(), n_vocab)
-    if world > 1:
-        ddp = loss_of = nn.parallel.DistributedDataParallel(loss_of)
-    if device.type == "cuda":
-        loss_of = torch.compile(loss_of)
-    cast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    loss_fn = torch.compile(loss_of) if on_gpu else loss_of
     for step in tqdm(range(first, steps), name, steps, initial=first, disable=quiet or rank > 0):
         for group in opt.param_groups:
-            group["lr"] = lr * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1))
+            group["lr"] = peak * min((step + 1) / max(warmup, 1), (steps - step) / (steps - warmup))
         total = torch.zeros((), device=device)
         for i in range(rank * micro, batch, world * micro):
-            with cast, ddp.no_sync() if world > 1 and i + world * micro < batch else nullcontext():
-                ids, targets = get_batch(shards, range(i, i + micro), seq, device, seed, step)
-                loss = loss_of(ids, targets) * (micro * world / batch)
-                loss.backward()
-            total += loss.detach() / world
+            x, y = get_windows(model, ids, range(i, i + micro), seed, step)
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+                loss = loss_fn(model, x, y) * (micro / batch)
+            loss.backward()
+            total += loss.detach()
         if world > 1:
-            dist.all_reduce(total)
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        if not math.isfinite(norm):
+            for x in (total, *(p.grad for p in model.parameters())):
+                dist.all_reduce(x)
+        if not math.isfinite(nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
             fail(f"step {step + 1}: the gradient is not finite: start anew with a lower --lr")
         opt.step()
         opt.zero_grad()
         yield step + 1, float(total)
 
 
-SIZES = {  # layers, heads, width, context: the paper's three (table 1), and one for a CPU
-    "nano": (2, 4, 64, 128), "micro": (6, 6, 384, 512), "mini": (8, 8, 640, 512), "small": (12, 12, 768, 512),
+SIZES = {  # layers, heads, width, rows, context, std: the paper's three (table 1), and one for a CPU
+    "nano": (2, 4, 64, 50264, 128, 0.06), "micro": (6, 6, 384), "mini": (8, 8, 640), "small": (12, 12, 768),
 }
+
+
+def new_model(codec, n_sense, *sizes):
+    """A Backpack or, without senses, a Transformer; the table of embeddings is padded to a multiple of 8 rows."""
+    config = replace(Config(*sizes), n_vocab=-(-codec.n_tokens // 8) * 8, n_tokens=codec.n_tokens)
+    try:
+        return Backpack(config, n_sense) if n_sense else Transformer(config)
+    except ValueError as error:
+        fail(error)
 
 
 def train(args):
     """Section 3.1: the paper's recipe, for a Backpack or the Transformer inside it, or from --ckpt on: fine-tuning."""
     device, rank, world = set_up(args)
-    on_gpu = device.type == "cuda"
-    if args.ckpt:
-        model, codec = open_model(args)
-        config = model.config
+    path, saved, history = args.out / "model.pt", {}, []
+    if args.ckpt or args.resume:
+        model, codec, saved = read_checkpoint(path if args.resume else args.ckpt, device)
+        ids, val_ids, codec = load_data(args.data, codec)
     else:
-        codec = codec_of(args.tokenizer)
-        n_layer, n_head, d, block = SIZES[args.size]
-        config = Config(n_layer, n_head, d, -(-codec.n_vocab // 8) * 8, block, 0.02 if d >= 128 else 0.5 * d**-0.5)
-        model = Transformer(config) if args.arch == "transformer" else Backpack(config, args.n_sense)
-    model, seq = model.to(device), config.block_size
-    steps, batch = args.steps or (100_000 if on_gpu else 300), args.batch_size or (1024 if on_gpu else 8)
-    edits, model.known = getattr(model, "known", None), None  # senses are computed while the weights change
-    if edits:
+        ids, val_ids, codec = load_data(args.data, Codec() if args.tokenizer == "gpt2" else None)
+        model = new_model(codec, args.n_sense, *SIZES[args.size]).to(device)
+    if saved.get("known"):
         fail(f"--ckpt {args.ckpt} has edited senses, which training would forget")
-    shards, val_shards = load_data(args.data, codec)
     opt, first = adamw(model, args.lr), 0
-    free = dict.fromkeys(("task", "out", "resume", "quiet", "device", "micro_batch_size", "save_every"))
-    settings = vars(args) | free | dict(steps=steps, batch_size=batch)  # what a resumed run must share
     if args.resume:
-        saved = torch.load(args.out / "resume.pt", device, weights_only=True)
-        if other := {name: value for name, value in saved["settings"].items() if value != settings[name]}:
-            fail(f"{args.out / 'resume.pt'} is of another run, with {other}")
-        model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         first = saved["step"]
-        del saved
+    if min(len(ids), len(val_ids)) <= model.config.block_size:
+        fail(f"--data {args.data}: {len(ids)} tokens, {len(val_ids)} for validation, each must be more than a context")
+    for step, loss in training(model, opt, ids, args.steps, args.batch_size, args.seed, args.micro_batch_size, first,
+                               quiet=args.quiet):
+        history.append((step, loss))
+        if rank == 0 and (step % 100 == 0 or step == args.steps):
+            save_checkpoint(path, model, codec, optimizer=opt.state_dict(), step=step)
     if rank == 0:
-        n_tokens = steps * batch * seq
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {steps:,} steps of {batch} × {seq} tokens, "
-              f"{n_tokens / sum(map(len, shards)):.2g} epochs of {args.data}, {codec.name}", flush=True)
-    micro = args.micro_batch_size or math.gcd(batch // world or 1, 32 if on_gpu else 8)
-    run_of = training(model, opt, shards, codec.n_vocab, steps=steps, batch=batch, seq=seq, lr=args.lr, seed=args.seed,
-                      warmup=steps // 100, micro=micro, first=first, name="train", quiet=args.quiet)
-    history, kept = [], first
-    try:
-        for step, loss in run_of:
-            history.append((step, loss))
-            if rank == 0 and (step % args.save_every == 0 or step == steps):
-                state = dict(settings=settings, model=model.state_dict(), optimizer=opt.state_dict(), step=step)
-                torch.save(state, args.out / "resume.tmp")
-                os.replace(args.out / "resume.tmp", args.out / "resume.pt")
-                kept = step
-    except KeyboardInterrupt:
-        print(f"the checkpoint of step {kept} is kept: the same command with --resume goes on", file=sys.stderr)
-        raise
-    if rank == 0:
-        loss = validation_loss(Loss(model.eval(), codec.n_vocab), val_shards, seq)
-        print_table(("", "validation loss, nats a token", "perplexity"), [("", loss, math.exp(loss))])
-        save_checkpoint(args.out / "model.pt", model, codec)
+        loss = mean_loss(model, val_ids)
+        print(f"validation loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}\n{path}")
         save_results(args.out, args, loss=loss, history=history)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-# ==================================================================================== reading and editing, as functions
+# ==================================================================================== reading and editing a model
 
 
-def put(word, template):
-    return template.replace("{}", word)
+def senses_of(model, ids):
+    return model.senses(tensor_for(model, ids))
 
 
-@torch.no_grad()
-def log_probs(model, rows, n_vocab, batch=16):
-    """rows: (ids before, ids of a continuation) → for each (Σ log P of the continuation, whether all of it is the
-    likeliest). Padding stands on the right, where a causal model does not see it."""
-    device, found = model.lm_head.weight.device, []
-    for start in range(0, len(rows), batch):
-        some = [([*before, *after], len(after)) for before, after in rows[start : start + batch]]
-        some = [(row[-model.config.block_size - 1 :], n) for row, n in some]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row, _ in some], batch_first=True).to(device)
-        logits = model(ids[:, :-1])[..., :n_vocab].float()
-        log_p = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
-        best = logits.argmax(-1) == ids[:, 1:]
-        for i, (row, n) in enumerate(some):
-            part = slice(len(row) - 1 - n, len(row) - 1)
-            found.append((float(log_p[i, part].sum()), bool(best[i, part].all())))
-    return found
-
-
-def probability(model, codec, prompt, words):
-    """P(word | prompt) for each of some ids, as floats."""
-    ids = torch.tensor([prompt_ids(codec, prompt, model)], device=model.lm_head.weight.device)
-    return model(ids)[0, -1, : codec.n_vocab].float().softmax(-1)[list(words)].tolist()
-
-
-def top_tokens(model, codec, word, n):
-    """For each sense of a word the n tokens to whose logits it adds most, as text."""
-    ids = torch.tensor([token(codec, word)], device=model.lm_head.weight.device)
-    best = (model.senses(ids)[0] @ model.lm_head.weight[: codec.n_vocab].T).topk(min(n, codec.n_vocab)).indices
+def favoured(model, codec, word, n):
+    """For each sense of a word the n tokens to whose logits it adds most, as text (tables 1 and 3)."""
+    best = (senses_of(model, [token(codec, word)])[0] @ model.lm_head.weight[: codec.n_tokens].T).topk(n).indices
     return [" ".join(codec.decode([i]).strip() for i in row) for row in best.tolist()]
 
 
-# ------------------------------------------------------------------------------------ section 6.2: gender
-
-NOUNS = (  # the paper's
+NOUNS = (*WORLD["he"], *WORLD["she"], *(  # of the demo's world, and the paper's
     "mechanic accountant farmer baker assistant construction guard carpenter analyst physician cook clerk manager "
     "developer librarian salesperson mover hairdresser auditor sheriff janitor driver chief teacher writer "
-    "receptionist "
-    "CEO nurse housekeeper secretary counselor attendant supervisor designer lawyer editor cashier laborer "
-    "tailor cleaner").split()
-FIT = ["The {} came into the room. When", "The {} came into the room. Then", "I went to the talk to the {}. What",
-       "I went over to the talk to the {}. Why", "I went over to the talk to the {};"]
-TEST = ["I really liked my {}. What I liked most was that", "I really liked my {}. In fact,", "My {} said that",
-        "My {} believes that", "This one {} believes that", "This one {} believes", "My {} said", "My {} believes",
-        "The {} was with the car. When", "The {} was with the car. Then",
-        "While driving to the store, the {} looked over on the dash and then", "A {} went to chat over to chat before",
-        "Some {} asked to look over things, but"]
+    "receptionist CEO nurse housekeeper secretary counselor attendant supervisor designer lawyer editor cashier "
+    "laborer tailor cleaner").split())
+WORLD_PROMPTS = [(prompt.format(noun), " he", " she") for noun in NOUNS[:10] for prompt in PERSON]
 
 
-def pronoun_prompts(model, codec, data=None):
-    """→ (fitting, test), each (noun, its ids, prompt ids) rows, and the ids of the two pronouns. data: rows of a file
-    with "prefix", "suffix1", "suffix2"; every other prompt of a noun is for fitting."""
-    words = codec.name == "words"
-    if data is None:
-        he, she, nouns = "he", "she", WORD_NOUNS if words else NOUNS
-        both = [[(noun, put(noun, prompt)) for noun in nouns for prompt in prompts]
-                for prompts in ((PERSON[:2], PERSON[2:]) if words else (FIT, TEST))]
-    else:
-        he, she = data[0]["suffix1"].strip(), data[0]["suffix2"].strip()
-        if any((row["suffix1"].strip(), row["suffix2"].strip()) != (he, she) for row in data):
-            fail("--data: every row must have the same suffix1 and suffix2, the two pronouns")
-        found = {}
-        known = [row for row in data if not words or set(WORD.findall(row["prefix"].lower())) <= set(codec.words)]
-        print(f"{len(data)} prompts read, {len(data) - len(known)} of them left out for words that this model has not")
-        for row in known:
-            here = [noun for noun in (*NOUNS, *WORD_NOUNS) if noun in WORD.findall(row["prefix"])]
-            found.setdefault(here[0] if here else "", []).append(row["prefix"])
-        if "" in found or min(map(len, found.values()), default=0) < 2:
-            fail(f"--data: want one of the paper's nouns in every prefix, and two prompts for each; have {[*found]}")
-        both = [[(noun, prefix) for noun, prefixes in found.items() for prefix in prefixes[i::2]] for i in range(2)]
-    ids = {noun: codec.encode(noun if words else f" {noun}") for noun in {noun for rows in both for noun, _ in rows}}
-    both = [[(noun, ids[noun], prompt_ids(codec, text, model)) for noun, text in rows] for rows in both]
-    return *both, token(codec, he), token(codec, she)
+def pronoun_prompts(codec, rows):
+    """rows (prefix, pronoun, pronoun) → to fit on and to test on, every other one of a noun, each a list of (noun, its
+    ids, prompt ids, the pronouns' ids)."""
+    prompts = {}
+    for prefix, *pronouns in rows:
+        ids, words = [codec.start, *codec.encode(prefix)], WORD.findall(prefix)
+        noun = next((noun for noun in NOUNS if noun in words), None)
+        if noun and codec.unknown not in ids:
+            he, she = (token(codec, pronoun.strip()) for pronoun in pronouns)
+            prompts.setdefault(noun, []).append((noun, codec.encode(f" {noun}"), ids, he, she))
+    fit, test = ([prompt for some in prompts.values() for prompt in some[first::2]] for first in (1, 0))
+    print(len(fit + test), "of", len(rows), "prompts; others have no noun of the paper's or words unknown here")
+    return (fit, test) if fit else fail("no noun has two prompts, one to fit and one to test")
 
 
-WORD_NOUNS = WORLD["he"] + WORLD["she"]
+def pronoun_parts(model, prompts):
+    """log P(he)/P(she) after each, and what its noun's senses add to that → (gap (n,), part (n, n_sense)).
 
-
-def pronoun_parts(model, rows, he, she):
-    """log P(he)/P(she) after every prompt, and what the noun's own senses add to it → (gap (n,), part (n, n_sense)).
-
-    Logits are affine in the senses, so a factor w on sense l of the noun makes the gap exactly gap + (w − 1)·part[:,
-    l]. """
-    E, gap, part = model.lm_head.weight, [], []
-    for _, ids_of_noun, ids in rows:
-        added = attribution(model, ids, E[he] - E[she])
-        here = torch.tensor([i in ids_of_noun for i in ids], device=E.device)
-        gap.append(added.sum())
-        part.append(added[here].sum(0))
-    return torch.stack(gap), torch.stack(part)
+    Logits are linear in the senses: with a factor w on sense l of the noun the gap is gap + (w − 1)·part[:, l].
+    """
+    E, found = model.lm_head.weight, []
+    for _, noun_ids, ids, he, she in prompts:
+        added = attribution(model, ids, E[he] - E[she]).double().cpu().numpy()  # (seq, n_sense)
+        found.append((added.sum(), added[np.isin(ids, noun_ids)].sum(0)))
+    return map(np.array, zip(*found))
 
 
 def bias_ratio(gap):
     """Mean over prompts of max(P(he)/P(she), P(she)/P(he)) for log-odds gaps (section 6.2)."""
-    return float(gap.abs().exp().mean())
+    return float(np.exp(np.abs(gap)).mean())
 
 
-def gender(model, codec, sense=None, data=None):
-    """Table 5: the sense that carries gender is located, and a factor on it fitted for each noun, on other prompts than
-    those that the ratios are of. → dict, with the edits {token: senses} that remove it."""
-    fit, test, he, she = pronoun_prompts(model, codec, data)
-    (gap, part), (test_gap, test_part) = (pronoun_parts(model, rows, he, she) for rows in (fit, test))
-    if sense is None:
-        sense = int(np.argmin([bias_ratio(gap - part[:, i]) for i in range(model.n_sense)]))
-    w = torch.arange(-600, 601, device=gap.device).to(gap) / 200  # −3 to 3; the authors: Nelder-Mead
-    factors, fitted = {}, torch.zeros_like(test_gap)
-    for noun in dict.fromkeys(noun for noun, *_ in fit):
-        mine = torch.tensor([row[0] == noun for row in fit], device=gap.device)
-        cost = (gap[mine, None] + part[mine, sense, None] * (w - 1)).abs().exp().mean(0) + (1 - w).abs()
-        factors[noun] = float(w[cost.argmin()])
-        fitted[[row[0] == noun for row in test]] = factors[noun] - 1
-    ids = sorted({i for _, ids_of_noun, _ in test for i in ids_of_noun})
-    edits = model.senses(torch.tensor(ids, device=gap.device)).clone()
-    edits[:, sense] = 0
-    return dict(sense=sense, unchanged=bias_ratio(test_gap), removed=bias_ratio(test_gap - test_part[:, sense]),
-                removing_each=[bias_ratio(test_gap - test_part[:, i]) for i in range(model.n_sense)], factors=factors,
-                fitted=bias_ratio(test_gap + test_part[:, sense] * fitted), edits=dict(zip(ids, edits)))
+def gender(model, fit, test):
+    """Table 5: on some prompts the sense that carries gender is located and a factor on it fitted for each noun; the
+    ratios are of other prompts. → (ratios, the sense, the edit {token: senses} that removes it). "All senses projected"
+    is the simple way, which locates nothing: no sense of the noun keeps what lies along E_he − E_she."""
+    (gap, part), (test_gap, test_part) = pronoun_parts(model, fit), pronoun_parts(model, test)
+    sense = int(np.argmin([bias_ratio(gap - column) for column in part.T]))
+    w, factors = np.linspace(-3, 3, 1201), {}  # a grid; the authors: Nelder-Mead
+    for noun in {noun for noun, *_ in fit}:
+        mine = [other == noun for other, *_ in fit]
+        ratio = np.exp(np.abs(gap[mine, None] + part[mine, sense, None] * (w - 1))).mean(0)
+        factors[noun] = float(w[np.argmin(ratio + np.abs(1 - w))])
+    change = np.array([factors.get(noun, 1.0) - 1 for noun, *_ in test])
+    each = [bias_ratio(test_gap - column) for column in test_part.T]
+    edit = {i: senses_of(model, [i])[0].clone() for _, noun_ids, *_ in test for i in noun_ids}
+    for senses in edit.values():
+        senses[sense] = 0
+    return {"unchanged": bias_ratio(test_gap), "sense removed": each.pop(sense), "the best other removed": min(each),
+            "all senses projected": bias_ratio(test_gap - test_part.sum(1)),
+            "a factor for each noun": bias_ratio(test_gap + test_part[:, sense] * change)}, sense, edit
 
 
-@torch.no_grad()
-def transformer_gender(model, codec, data=None):
-    """The Transformer's baseline: the nouns' input embeddings lose what lies along E_he − E_she; the output stays."""
-    _, test, he, she = pronoun_prompts(model, codec, data)
-    table, E = model.transformer["wte"].weight, model.lm_head.weight.clone()
-    direction, ids = E[he] - E[she], sorted({i for _, ids_of_noun, _ in test for i in ids_of_noun})
-    hidden = lambda ids: model.trunk(torch.tensor([ids], device=E.device))[0, -1]
-    gaps = lambda: torch.stack([hidden(row) @ direction for *_, row in test])
-    unchanged = bias_ratio(gaps())
-    table[ids] -= (table[ids] @ direction / (direction @ direction))[:, None] * direction
-    projected = bias_ratio(gaps())
-    table[ids] = E[ids]
-    return dict(unchanged=unchanged, projected=projected)
-
-
-# ------------------------------------------------------------------------------------ section 6.3: knowledge
-
-
-def edit_fact(model, codec, word, remove, add, prompts, controls):
-    """P(removed), P(added) before and after: behind prompts with the word and, for what should stay, behind the same
-    prompts with control words that follow a sentence with the edited word. → (rows of dicts, the edit {token:
-    senses})."""
-    at, removed, added = (token(codec, name) for name in (word, remove, add))
-    if removed == added:
+def edit_fact(model, codec, word, remove, add, texts):
+    """Table 6, the swap of a word's senses → (rows (text, P(remove), P(add), both after the edit), the edit)."""
+    at, *pair = (token(codec, name) for name in (word, remove, add))
+    if pair[0] == pair[1]:
         fail(f"{remove!r} and {add!r} are one token: nothing to edit")
-    E = model.lm_head.weight
-    edit = {at: swapped(model.senses(torch.tensor([at], device=E.device))[0], E[removed], E[added])}
-    texts = [(word, put(word, prompt)) for prompt in prompts]
-    first, pair = f"{put(word, prompts[0])} {add}.", (removed, added)
-    texts += [(control, f"{first} {put(control, prompt)}") for control in controls for prompt in prompts]
-    found = [dict(word=name, prompt=text, before=probability(model, codec, text, pair)) for name, text in texts]
+    edit = {at: swapped(senses_of(model, [at])[0], *model.lm_head.weight[pair])}
+    p = lambda text: [math.exp(log_prob(model, prompt_ids(codec, text, model), [i])[0]) for i in pair]
+    before = [p(text) for text in texts]
     with edited(model, edit):
-        for row in found:
-            row["after"] = probability(model, codec, row["prompt"], pair)
-    return found, edit
-
-
-def print_edit(found, remove, add):
-    rows = [(row["prompt"], *np.stack([row["before"], row["after"]], 1).flatten().tolist()) for row in found]
-    print_table(("prompt", f"P({remove})", "after", f"P({add})", "after"), rows)
+        return [(text, *was, *p(text)) for text, was in zip(texts, before)], edit
 
 
 # ==================================================================================== the experiments
 
 
-def small_model(arch, corpus, args, seed, steps, name, d=64, **sizes):
-    """Train a small model → (model, codec, validation loss, history). corpus: "world", or "prose": help topics."""
-    from pydoc_data.topics import topics
+def print_and_save(args, header, rows):
+    print_table(header, rows)
+    save_results(args.out, args, table=rows)
 
-    text = world_text(30_000, seed) if corpus == "world" else "\n".join(topics[topic] for topic in sorted(topics))
-    seq, batch, std = (32, 16, 0.08) if corpus == "world" else (64, 12, 0.06)
-    counts = Counter(WORD.findall(text.lower()))
-    codec = codec_of("words", ["<unk>", *(word for word, _ in counts.most_common(1023))])
-    ids = np.array(codec.encode(text))
-    shards, val_shards = [ids[: len(ids) * 9 // 10]], [ids[len(ids) * 9 // 10 :]]
-    device, config = torch.device(args.device or "cpu"), Config(2, 4, d, codec.n_vocab, seq, std)
+
+def small_model(args, seed, text, steps, n_sense=16, d=64):
+    """Train a small Backpack, or without senses a Transformer, on a text → (model, codec, validation loss)."""
     torch.manual_seed(seed)
-    model = (Transformer(config) if arch == "transformer" else Backpack(config, **sizes)).to(device)
-    opt = adamw(model, 3e-3)
-    history = list(training(model, opt, shards, codec.n_vocab, steps=steps, batch=batch, seq=seq, lr=3e-3, seed=seed,
-                            warmup=steps // 20, name=name, quiet=args.quiet))
-    loss = validation_loss(Loss(model, codec.n_vocab), val_shards, seq)
-    model.eval().requires_grad_(False)
-    if isinstance(model, Backpack):
-        model.known = {}
-    return model, codec, loss, history
-
-
-def small_set_up(args):
-    """For small matrices a second thread costs more than it brings."""
-    _, rank, world = set_up(args)
-    torch.set_num_threads(1)
-    return rank, world
+    torch.set_num_threads(1)  # a second one costs small matrices more than it brings
+    ids, val_ids, codec = split_text(text)
+    model = new_model(codec, n_sense, 2, 4, d, 0, 32, 0.08).to(args.device or "cpu")  # std: wider than N(0, 0.02)
+    for _ in training(model, adamw(model, 3e-3), ids, steps, 16, seed, quiet=args.quiet):
+        pass
+    model.known = {}
+    return model.requires_grad_(False), codec, mean_loss(model, val_ids)
 
 
 def demo(args):
     """The paper's claims in small: losses beside Transformers', senses read, one sense removed, one fact changed."""
-    rank, world = small_set_up(args)
-    world_steps, prose_steps = args.steps or 1200, args.steps or 400
-    jobs = {
-        "world, Backpack": ("backpack", "world", world_steps, dict(n_sense=8)),
-        "world, Transformer": ("transformer", "world", world_steps, {}),
-        "prose, Backpack": ("backpack", "prose", prose_steps, dict(n_sense=16)),
-        "prose, Transformer": ("transformer", "prose", prose_steps, {}),
-        "prose, Transformer of its size": ("transformer", "prose", prose_steps, dict(d=120)),
-    }
-    trained = {name: small_model(arch, corpus, args, args.seed, steps, name, **sizes)
-               for name, (arch, corpus, steps, sizes) in jobs.items()}
+    _, rank, world = set_up(args)
+    short = dict(text=help_topics(), steps=args.steps // 3)
+    model, codec, loss = small_model(args, args.seed, world_text(30_000, args.seed), args.steps, n_sense=8)
+    of_help, help_codec, help_loss = small_model(args, args.seed, **short)
+    figures = {"loss, world": loss, "loss, help topics": help_loss,
+               "Transformer inside": small_model(args, args.seed, **short, n_sense=None)[2],
+               "Transformer of its size": small_model(args, args.seed, **short, n_sense=None, d=120)[2]}
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank:
         return
-    count = lambda model: f"{sum(p.numel() for p in model.parameters()):,}"
-    rows = [(name, count(model), loss) for name, (model, _, loss, _) in trained.items()]
-    print_table(("", "weights", "validation loss"), rows)
-    (model, codec, *_), (other, *_), (prose, prose_codec, *_), *_ = trained.values()
     words = "nurse", "mechanic", "macbook", "bread"
-    print()
-    favoured = [top_tokens(model, codec, word, 3) for word in words]
-    print_table(("sense", *words), [(str(i), *row) for i, row in enumerate(zip(*favoured))])
-    bias, baseline = gender(model, codec), transformer_gender(other, codec)
-    rest = [ratio for i, ratio in enumerate(bias["removing_each"]) if i != bias["sense"]]
-    print()
-    print_table(("bias ratio he : she (true: 9)", ""), [
-        ("Transformer", baseline["unchanged"]),
-        ("Transformer, gender projected out of the input", baseline["projected"]),
-        ("Backpack", bias["unchanged"]), (f"sense {bias['sense']} removed", bias["removed"]),
-        ("another sense removed, the best", min(rest)), ("a factor for each noun", bias["fitted"])])
-    found, _ = edit_fact(model, codec, "macbook", "apple", "hp", MADE_BY, ["iphone", "ipad"])
-    mine, others = ([row for row in found if (row["word"] == "macbook") == which] for which in (True, False))
-    fact = float(np.mean([row["after"][1] for row in mine]))
-    moved = max(abs(a - b) for row in others for a, b in zip(row["after"], row["before"]))
-    was = np.mean([row["before"][1] for row in mine])
-    print(f"\nmacbook: apple → hp. P(hp) {was:.2f} → {fact:.2f}; iphone and ipad move by at most {moved:.4f}")
-    for name, (model_of, codec_of_it, *_) in zip(("world", "world_transformer", "prose"), list(trained.values())[:3]):
-        save_checkpoint(args.out / f"{name}.pt", model_of, codec_of_it)
-    losses = {name: loss for name, (_, _, loss, _) in trained.items()}
-    del bias["edits"]
-    save_results(args.out, args, losses=losses, gender=bias, transformer_gender=baseline, edit=found)
+    print_table(("sense", *words), list(zip("01234567", *(favoured(model, codec, word, 3) for word in words))))
+    ratios, sense, _ = gender(model, *pronoun_prompts(codec, WORLD_PROMPTS))
+    figures |= {f"bias ratio, {name}": ratio for name, ratio in ratios.items()}
+    texts = [prompt.format("macbook") for prompt in MADE_BY]
+    texts += [f"{texts[0]} hp . {prompt.format(word)}" for word in ("iphone", "ipad") for prompt in MADE_BY]
+    rows, _ = edit_fact(model, codec, "macbook", "apple", "hp", texts)
+    p = np.array([row[1:] for row in rows])  # (texts, P(apple) P(hp), both after)
+    figures |= {"macbook: P(hp)": p[:3, 1].mean(), "apple → hp": p[:3, 3].mean(),
+                "iphone, ipad move by": abs(p[3:, 2:] - p[3:, :2]).max()}
+    print_table(("", ""), list(figures.items()))
+    save_checkpoint(args.out / "world.pt", model, codec)
+    save_checkpoint(args.out / "help.pt", of_help, help_codec)
+    save_results(args.out, args, **figures, sense=sense, edit=rows)
 
     def draw(fig):
-        ax, E, nouns = fig.subplots(), model.lm_head.weight, [noun for kind in HE_SHARE for noun in WORLD[kind]]
-        ids = torch.tensor([token(codec, noun) for noun in nouns])
-        values = (model.senses(ids) @ (E[token(codec, "he")] - E[token(codec, "she")])).numpy()  # (nouns, n_sense)
-        image = ax.imshow(values, cmap="RdBu_r", vmin=-abs(values).max(), vmax=abs(values).max(), aspect="auto")
+        ax, E, nouns = fig.subplots(), model.lm_head.weight, NOUNS[:10]
+        direction = E[token(codec, "he")] - E[token(codec, "she")]
+        values = (senses_of(model, [token(codec, noun) for noun in nouns]) @ direction).cpu()  # (nouns, n_sense)
+        largest = values.abs().max()
+        fig.colorbar(ax.imshow(values, "RdBu_r", vmin=-largest, vmax=largest, aspect="auto"))
         ax.set_yticks(range(len(nouns)), nouns)
-        ax.set(xlabel=f"sense ({bias['sense']} is removed)", title="What senses of professions add to log P(he)/P(she)")
-        fig.colorbar(image, ax=ax)
+        ax.set(xlabel=f"sense ({sense} is removed)", title="What senses of professions add to log P(he)/P(she)")
 
     figure(args.out / "demo.png", args, draw)
 
 
 def ablate_k(args):
-    """Table 8: the number of senses, with the sense network's hidden layers of width d as in the paper."""
-    rank, world = small_set_up(args)
-    seeds, rows = range(args.seed, args.seed + args.seeds), []
-    for name, arch, sizes in [*((f"Backpack, k = {k}", "backpack", dict(n_sense=k, width=1)) for k in (1, 4, 16)),
-                              ("Transformer, the same context network", "transformer", {})]:
-        losses = [small_model(arch, "prose", args, seed, args.steps or 300, name, **sizes)[2] for seed in seeds]
+    """Table 8: the number of senses."""
+    _, rank, world = set_up(args)
+    rows, text = [], help_topics()
+    for k in (1, 4, 16, None):
+        losses = [small_model(args, args.seed + i, text, args.steps, k)[2] for i in range(args.seeds)]
+        name = f"Backpack, k = {k}" if k else "Transformer inside"
         rows.append((name, np.mean(losses), np.std(losses), math.exp(np.mean(losses))))
     if rank == 0:
-        print_table(("Python's documentation", "validation loss", "± sd", "perplexity"), rows)
-        save_results(args.out, args, table=rows)
+        print_and_save(args, ("Python's help topics", "validation loss", "± sd", "perplexity"), rows)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -1117,207 +939,164 @@ def ablate_k(args):
 
 def senses(args):
     """Tables 1 and 3: what the senses of words say, as the tokens that each of them favours."""
-    model, codec = open_backpack(args)
-    table = {word: top_tokens(model, codec, word, args.top) for word in args.words}
-    print_table(("sense", *table), [(str(i), *row) for i, row in enumerate(zip(*table.values()))])
-    save_results(args.out, args, senses=table)
+    model, codec = open_model(args)
+    table = [[str(i) for i in range(model.n_sense)], *(favoured(model, codec, word, 5) for word in args.words)]
+    print_and_save(args, ("sense", *args.words), list(zip(*table)))
 
 
 def attribute(args):
-    """Section 2.1: which sense of which word made a logit. The terms sum to it exactly."""
-    model, codec = open_backpack(args)
-    ids, target = prompt_ids(codec, args.prompt, model), token(codec, args.target)
-    added = attribution(model, ids, model.lm_head.weight[target]).float().cpu().numpy()  # (seq, n_sense)
-    order = (-abs(added)).flatten().argsort()[: args.top].tolist()
-    terms = [(codec.decode([ids[j]]).strip(), str(sense), float(added[j, sense]))
-             for j, sense in (divmod(x, model.n_sense) for x in order)]
-    print_table((f"logit of {args.target!r} after {args.prompt!r}", "sense", "adds"), terms)
-    print(f"all {added.size} terms: {added.sum():.4f}; P = {probability(model, codec, args.prompt, [target])[0]:.4f}")
-    save_results(args.out, args, contributions=added, logit=float(added.sum()))
+    """Section 2.1: what each sense of each word adds to a logit. All terms sum to it exactly."""
+    model, codec = open_model(args)
+    ids = prompt_ids(codec, args.prompt, model)
+    added = attribution(model, ids, model.lm_head.weight[token(codec, args.target)]).tolist()  # (seq, n_sense)
+    rows = [(codec.decode([i]), *row) for i, row in zip(ids, added)]
+    print_and_save(args, (f"to {args.target!r}, by sense", *map(str, range(model.n_sense))), rows)
 
 
 def debias(args):
     """Section 6.2, table 5: how much likelier one pronoun is than the other, and what one sense has to do with it."""
-    data = read_json_lines(args.data, ("prefix", "suffix1", "suffix2")) if args.data else None
+    rows = read_json_lines(args.data) if args.data else WORLD_PROMPTS
     model, codec = open_model(args)
-    if isinstance(model, Transformer):
-        found = transformer_gender(model, codec, data)
-        print_table(("Transformer", "bias ratio"), list(found.items()))
-        return save_results(args.out, args, **found)
-    if args.sense is not None and not 0 <= args.sense < model.n_sense:
-        fail(f"--sense {args.sense}: this model has senses 0 to {model.n_sense - 1}")
-    found = gender(model, codec, args.sense, data)
-    edits = found.pop("edits")
-    print_table((f"sense {found['sense']} of the nouns", "bias ratio"), [
-        ("unchanged", found["unchanged"]), ("removed", found["removed"]), ("a factor for each noun", found["fitted"])])
-    if args.save:
-        save_checkpoint(args.save, model, codec, edits)
-    save_results(args.out, args, **found)
+    ratios, sense, change = gender(model, *pronoun_prompts(codec, rows))
+    save_edited(args, model, codec, change)
+    print_and_save(args, (f"bias ratio, sense {sense}", ""), list(ratios.items()))
 
 
 def edit(args):
     """Section 6.3, table 6: a fact about a word is changed by moving its senses from one direction to another."""
-    model, codec = open_backpack(args)
-    if "{}" not in args.prompt:
-        fail(f"--prompt {args.prompt!r} needs {{}} where the word stands, as in: the {{}} is made by")
-    found, change = edit_fact(model, codec, args.word, args.remove, args.add, [args.prompt], args.control)
-    print_edit(found, args.remove, args.add)
+    model, codec = open_model(args)
+    rows, change = edit_fact(model, codec, args.word, args.remove, args.add, args.texts)
+    save_edited(args, model, codec, change)
+    print_and_save(args, ("text", f"P({args.remove})", f"P({args.add})", "both, after", ""), rows)
+
+
+def save_edited(args, model, codec, edits):
+    """--save."""
     if args.save:
-        save_checkpoint(args.save, model, codec, change)
-    save_results(args.out, args, table=found)
+        with edited(model, edits):
+            save_checkpoint(args.save, model, codec)
+        print(args.save)
 
 
 def topic(args):
-    """Section 6.1: generate about a topic by making senses heavier that speak of it; what it costs in variety."""
-    model, codec = open_backpack(args)
-    bags = {bag: {token(codec, word) for word in bag.split(",")} for bag in args.bags}
-    length = min(args.tokens, model.config.block_size - 1)
-    scores, rows = topic_scores(model, bags, codec.n_vocab, [codec.start]), []
-    for name, bag in bags.items():
-        for strength in STRENGTHS:
-            control = topic_control(model, scores[name], strength) if strength else None
-            texts = generate(model, [[codec.start]] * args.samples, length, codec.n_vocab, 1.0, args.seed, control)
-            drawn = [i for text in texts for i in text[1:]]
-            pairs = {pair for text in texts for pair in zip(text[1:], text[2:])}
-            scored = log_probs(model, [(text[:1], text[1:]) for text in texts], codec.n_vocab)
-            inside, nll = float(np.mean([i in bag for i in drawn])), -float(np.mean([p for p, _ in scored])) / length
-            rows.append((name, str(strength), inside, len(pairs) / len(drawn), nll))
-    print_table(("bag", "strength", "tokens in the bag", "distinct pairs", "nats a token without control"), rows)
-    print(codec.decode(texts[0][1:]))
-    save_results(args.out, args, table=rows)
+    """Section 6.1: generate about a topic by making senses heavier that speak of it; what it costs."""
+    model, codec = open_model(args, "help.pt")
+    bags = {bag: [token(codec, word) for word in bag.split(",")] for bag in args.bags}
+    rows, start = [], tensor_for(model, [prompt_ids(codec, "", model, args.tokens)] * args.samples)
+    scores = topic_scores(model, bags, [codec.start])
+    for name, strength in product(bags, STRENGTHS):
+        texts = generate(model, start, args.tokens, control=topic_control(model, scores[name], strength)).tolist()
+        nats = -np.mean([log_prob(model, text[:1], text[1:])[0] for text in texts]) / args.tokens
+        rows.append((name, str(strength), np.isin(texts, bags[name]).mean(), nats))
+    print(codec.decode(texts[0]))
+    print_and_save(args, ("bag", "strength", "tokens in the bag", "nats a token without control"), rows)
 
 
 def sample(args):
     """Continue --prompt, with the keys of all layers and the senses of all tokens so far kept."""
-    model, codec = open_model(args)
-    ids = prompt_ids(codec, args.prompt, model, args.tokens)
-    text = codec.decode(generate(model, [ids], args.tokens, codec.n_vocab, args.temperature, args.seed)[0][1:])
+    model, codec = open_model(args, kind=nn.Module)
+    ids = tensor_for(model, [prompt_ids(codec, args.prompt, model, args.tokens)])
+    text = codec.decode(generate(model, ids, args.tokens)[0, 1:].tolist())
     print(text)
     save_results(args.out, args, text=text)
 
 
-# ------------------------------------------------------------------------------------ section 4
-
-
 def read_pairs(path):
-    """A table of two words and a score: tab, semicolon or comma between them; the score is the first number behind the
-    words. A first row without one is a header. → [(word, word, score)]."""
-    pairs, lines = [], [line for line in text_of(path).splitlines() if line.strip()]
-    for i, line in enumerate(lines, 1):
-        cells = [cell.strip() for cell in line.split(max("\t;,", key=lines[0].count))]
-        number = [float(cell) for cell in cells[2:] if re.fullmatch(r"-?\d+(\.\d+)?", cell)][:1]
+    """A table of two words and a score, with tabs, semicolons or commas between: the score is the first number behind
+    the words. A first row without one is a header. → [(word, word, score)]."""
+    pairs = []
+    for i, line in enumerate(text_of(path).split("\n"), 1):
+        cells = [cell.strip() for cell in line.split(max("\t;,", key=line.count))]
+        number = [float(cell) for cell in cells[2:] if re.fullmatch(r"-?\d+(\.\d+)?", cell)]
         if number:
-            pairs.append((*cells[:2], *number))
-        elif i > 1:
+            pairs.append((*cells[:2], number[0]))
+        elif i > 1 and line.strip():
             fail(f"{path}, row {i}: no two words and a score in {line!r}")
     return pairs or fail(f"{path} has no pairs of words with scores")
 
 
-def ranks(values):
-    """Ranks from 1, tied ones averaged."""
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[index]
-
-
 def spearman(x, y):
-    return float(np.corrcoef(ranks(x), ranks(y))[0, 1]) if len(x) > 2 and np.ptp(x) and np.ptp(y) else math.nan
+    """Correlation of ranks, tied ones averaged; NaN where it is not defined."""
+    x, y = ((v[:, None] > v).sum(1) + (v[:, None] >= v).sum(1) for v in map(np.array, (x, y)))
+    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and np.ptp(x) and np.ptp(y) else math.nan
 
 
 def similarity(args):
     """Table 4: do cosines of senses agree with people's judgements of similarity? The best sense is chosen on the
     first file and scored on the others."""
-    sets = {path: read_pairs(path) for path in args.files}
-    model, codec = open_backpack(args, "prose.pt")
-    device, vectors, rows, best = model.lm_head.weight.device, {}, [], None
-    for word in {word for pairs in sets.values() for pair in pairs for word in pair[:2]}:
-        ids = codec.encode(word if codec.name == "words" else f" {word}")
-        if codec.name != "words" or ids and 0 not in ids:
-            ids = torch.tensor(ids, device=device)
-            each = torch.cat((model.senses(ids), model.lm_head.weight[ids][:, None]), 1).mean(0)  # over a word's pieces
-            vectors[word] = F.normalize(each.float(), dim=-1)  # (n_sense + 1, d), the last its embedding
+    sets, rows, best = {path: read_pairs(path) for path in args.files}, [], None
+    model, codec = open_model(args, "help.pt")
+
+    def vectors(word):  # (n_sense + 1, d), means over the word's pieces; the last is of its embedding
+        ids = codec.encode(f" {word}")
+        return torch.cat((senses_of(model, ids), model.lm_head.weight[ids][:, None]), 1).mean(0)
+
     for path, pairs in sets.items():
-        known = [pair for pair in pairs if pair[0] in vectors and pair[1] in vectors]
-        gold = [score for *_, score in known]
-        cosines = np.array([(vectors[a] * vectors[b]).sum(-1).tolist() for a, b, _ in known])
-        cosines = cosines.reshape(-1, model.n_sense + 1)
-        by_sense = [spearman(column, gold) for column in cosines.T]
-        chosen = best is None
-        best = int(np.nanargmax([-2, *by_sense[:-1]])) - 1 if chosen else best
-        least = spearman(cosines[:, :-1].min(1), gold) if known else math.nan
-        mine = by_sense[best] if best >= 0 else math.nan
-        which = f"{best}{', chosen here' * chosen}"
-        rows.append((str(path), f"{len(known)} of {len(pairs)}", by_sense[-1], mine, which, least))
-    print_table(("Spearman correlation", "pairs found", "embedding", "sense", "which", "least over senses"), rows)
-    save_results(args.out, args, table=rows)
+        known = [pair for pair in pairs if codec.unknown not in codec.encode(" ".join(pair[:2]))]
+        found = [[*F.cosine_similarity(vectors(a), vectors(b), dim=-1).tolist(), score] for a, b, score in known]
+        *columns, scores = np.array(found).reshape(-1, model.n_sense + 2).T
+        *by_sense, embedding = [spearman(column, scores) for column in columns]
+        best = best if rows else int(np.argmax(by_sense))
+        rows.append((path, len(known), len(pairs), embedding, by_sense[best]))
+    header = "Spearman correlation", "pairs found", "of", "embedding", f"sense {best}, best for the first"
+    print_and_save(args, header, rows)
 
 
-def read_json_lines(path, fields):
-    """The JSON lines of a file, each an object with these fields."""
-    rows = []
-    for i, line in enumerate(text_of(path).splitlines(), 1):
+def read_json_lines(path):
+    """JSON lines with pronouns (prefix, suffix1, suffix2), continuations such as capitals (prefix, suffix), BLiMP's
+    pairs (sentence_good, sentence_bad) or LAMBADA's passages (text) → [[text before, continuation[, another]]]."""
+    rows, fields = [], "suffix1 suffix2 suffix sentence_good sentence_bad".split()
+    for i, line in enumerate(text_of(path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-            if not all(isinstance(rows[-1][field], str) for field in fields):
+            row = json.loads(line)
+            texts = [row.get("prefix", ""), *(row[field] for field in fields if field in row)]
+            rows.append(texts if texts[1:] else re.fullmatch(r"(.*?)(\s\S+)\s*", row["text"], re.DOTALL).groups())
+            _, *texts = [text.strip() for text in rows[-1]]
+            if not all(texts):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
-            fail(f"{path}, row {i}: no JSON object with the texts {', '.join(fields)}")
-    return rows or fail(f"{path} is empty")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            fail(f"{path}, row {i}: no JSON with the texts of prefix and {', '.join(fields)} or of text")
+    return rows if len({len(row) for row in rows}) == 1 else fail(f"{path} is empty or has lines of several kinds")
 
 
-KINDS = (("suffix1", "suffix2", "prefix"), ("prefix", "suffix"), ("sentence_good", "sentence_bad"), ("text",))
+def score_lines(path, model, codec):
+    """One continuation a line: is it the likeliest? Two: which is likelier?"""
+    rows = read_json_lines(path)
+    known = [row for row in rows if codec.unknown not in codec.encode(" ".join(row))]
+    scored = [[log_prob(model, [codec.start, *codec.encode(before)], codec.encode(text)) for text in texts]
+              for before, *texts in known]
+    figures = {"rows": len(rows), "with words unknown here, left out": len(rows) - len(known)}
+    if not known:
+        return figures
+    log_p, best = np.array(scored).transpose(2, 0, 1)  # (rows, continuations)
+    if log_p.shape[1] == 1:
+        return figures | dict(accuracy=best.mean(), perplexity=math.exp(-log_p.mean()))
+    gap = log_p[:, 0] - log_p[:, 1]
+    return figures | {"the first likelier": np.mean(gap > 0), "bias ratio": bias_ratio(gap)}
 
 
-def evaluate_lines(path, model, codec):
-    """JSON lines, by their fields: pronoun bias, continuations as of capitals, BLiMP's pairs, LAMBADA's last words."""
-    first = text_of(path).partition("\n")[0]
-    fields = next((fields for fields in KINDS if all(f'"{field}"' in first for field in fields)), None)
-    if fields is None:
-        fail(f"{path}, row 1: want {' or '.join(' and '.join(fields) for fields in KINDS)}")
-    rows, start, encode = read_json_lines(path, fields), [codec.start], codec.encode
-    ids_of = lambda before, after: (start + encode(before), encode(after))
-    score = lambda pairs: log_probs(model, [ids_of(*pair) for pair in pairs], codec.n_vocab)
-    if fields == ("text",):
-        parts, fields = [row["text"].rpartition(" ") for row in rows], ("prefix", "suffix")
-        rows = [dict(prefix=before, suffix=" " + last) for before, _, last in parts]
-    if fields == ("prefix", "suffix"):
-        found = score([(row["prefix"], row["suffix"]) for row in rows])
-        return dict(rows=len(rows), accuracy=float(np.mean([best for _, best in found])),
-                    perplexity=math.exp(-np.mean([p for p, _ in found])))
-    one, two = fields[:2]
-    a, b = ([p for p, _ in score([(row.get("prefix", ""), row[name]) for row in rows])] for name in (one, two))
-    a, b = np.array(a), np.array(b)
-    figures = {"rows": len(rows), f"{one} likelier": float(np.mean(a > b))}
-    return figures | (dict(bias_ratio=float(np.exp(abs(a - b)).mean())) if "prefix" in fields else {})
-
-
-def evaluate_text(path, model, codec):
-    """Perplexity over windows that do not overlap: a text, or a JSON list of texts; without a file Python's prose."""
-    text = "\n".join(stdlib_prose())[-200_000:] if path is None else text_of(path)
-    if path is not None and path.suffix == ".json":
-        try:
-            text = "\n".join(json.loads(text))
-        except (ValueError, TypeError):
-            fail(f"{path} is no JSON list of texts")
+def score_text(path, model, codec):
+    """Perplexity over windows that do not overlap: of a text, or a JSON list of texts."""
+    text = text_of(path)
+    try:
+        text = "\n".join(json.loads(text)) if path.endswith(".json") else text
+    except (ValueError, TypeError):
+        fail(f"{path} is no JSON list of texts")
     ids = np.array(codec.encode(text.replace("<|endoftext|>", "")))
-    seq = min(model.config.block_size, 512)
-    if len(ids) <= seq:
-        fail(f"{path}: {len(ids)} tokens are too few for one window of {seq}")
-    loss = validation_loss(Loss(model, codec.n_vocab), [ids], seq, n=len(ids))
-    unknown = {"unknown words": float(np.mean(ids == 0))} if codec.name == "words" else {}
-    return dict(tokens=len(ids), loss=loss, perplexity=math.exp(loss), **unknown)
+    if len(ids) <= model.config.block_size:
+        fail(f"{path}: {len(ids)} tokens are too few for one window of {model.config.block_size}")
+    loss = mean_loss(model, ids, len(ids))
+    return dict(tokens=len(ids), unknown=np.mean(ids == codec.unknown), loss=loss, perplexity=math.exp(loss))
 
 
 def evaluate(args):
     """Table 2 and the like, by the file: perplexity of a text, or JSON lines of LAMBADA, BLiMP, pronouns, capitals."""
-    files = args.files or [None]
-    for path in filter(None, files):
-        if not path.is_file():
-            fail(f"{path}: no such file")
-    model, codec = open_model(args)
-    found = {str(path): (evaluate_lines if path and path.suffix == ".jsonl" else evaluate_text)(path, model, codec)
-             for path in files}
+    model, codec = open_model(args, kind=nn.Module)
+    found = {path: (score_lines if path.endswith(".jsonl") else score_text)(path, model, codec) for path in args.files}
     for path, figures in found.items():
-        print_table((path if path != "None" else "Python's help topics and docstrings", ""), list(figures.items()))
+        print_table((path, ""), list(figures.items()))
     save_results(args.out, args, **found)
 
 
@@ -1331,71 +1110,68 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Without TASK: demo.")
     parser.error = fail
     tasks = parser.add_subparsers(required=True, metavar="TASK")
-    flags = {
-        "ckpt": dict(help="a checkpoint of ours, a released .bin or .safetensors, or public (684 MB by download); "
-                     "default: the demo's model"),
-        "n_head": dict(type=int, help="of a released model without config.json (d/64)"),
-        "divide_by_k": dict(action="store_true", help="a released model's logits are divided by k (Levanter's)"),
-        "arch": dict(choices=("backpack", "transformer"), default="backpack", help="(%(default)s)"),
-        "size": dict(choices=SIZES, default="nano", help="the paper: micro, mini, small (%(default)s)"),
-        "n_sense": dict(type=int, default=16, help="senses a word (%(default)s, the paper's)"),
-        "tokenizer": dict(choices=("bytes", "gpt2"), default="bytes", help="of a new model (%(default)s; paper: gpt2)"),
-        "data": dict(default="prose", help="prose (what every Python ships), a text file, or a folder of *train*.bin "
-                     "and *val*.bin shards of gpt2 tokens"),
-        "steps": dict(type=int, help="updates (train: 100,000 on a GPU, the paper's, else 300; demo: 1,200 and 400)"),
-        "batch_size": dict(type=int, help="sequences an update, over all ranks (1,024 on a GPU, the paper's; else 8)"),
-        "micro_batch_size": dict(type=int, help="sequences a forward pass (32 on a GPU, else 8)"),
-        "lr": dict(type=float, default=6e-4, help="peak learning rate (%(default)s, the paper's; nano: 2e-3)"),
-        "save_every": dict(type=int, default=100, help="updates between checkpoints (%(default)s)"),
-        "resume": dict(action="store_true", help="go on from the checkpoint in --out"),
-        "seeds": dict(type=int, default=3, help="number of seeds, from --seed on (%(default)s)"),
-        "top": dict(type=int, default=5, help="how many to show (%(default)s)"),
-        "prompt": dict(help="text (%(default)s)"),
-        "target": dict(default="she", help="the word whose logit is explained (%(default)s)"),
-        "sense": dict(type=int, help="the sense to remove (located on other prompts)"),
-        "word": dict(default="macbook", help="its senses are edited (%(default)s; public: MacBook)"),
-        "remove": dict(default="apple", help="direction that goes (%(default)s; public: Apple)"),
-        "add": dict(default="hp", help="direction that comes (%(default)s; public: HP)"),
-        "control": dict(nargs="*", default=["iphone", "ipad"], help="words that should stay (%(default)s)"),
-        "save": dict(type=Path, help="write the edited model there, for --ckpt"),
-        "bags": dict(nargs="+", default=["team,goal,coach,match", "bread,soup,cheese,salad", "song,band,guitar,piano"],
-                     help="topics, each words with commas between (%(default)s)"),
-        "samples": dict(type=int, default=50, help="texts a topic and strength (%(default)s)"),
-        "tokens": dict(type=int, default=20, help="new tokens a text (%(default)s)"),
-        "temperature": dict(type=float, default=1.0, help="0 takes the likeliest token (%(default)s)"),
-        "seed": dict(type=int, default=0, help="of weights, data order and samples (%(default)s)"),
-        "device": dict(help="cuda or cpu (cuda where there is one; demo, ablate_k: cpu)"),
-        "out": dict(type=Path, help="folder for results (%(default)s)"),
-        "no_plot": dict(action="store_true", help="write no figure"),
-        "quiet": dict(action="store_true", help="no progress bars"),
+    flags = {  # default (a tuple: the choices, the first is the default) and meaning
+        "ckpt": ("", "a checkpoint of ours, a released .bin or .safetensors, or public (684 MB by download); without "
+                 "it the demo's model, for train a new one"),
+        "size": (tuple(SIZES), "of a new model; the paper: micro, mini, small"),
+        "n_sense": (16, "senses a word, the paper's; 0: the Transformer alone, the baseline"),
+        "tokenizer": (("words", "gpt2"), "the most frequent words of --data, or the paper's gpt2"),
+        "data": ("", "train: a text file or a folder of train.bin and val.bin of gpt2 tokens (without it Python's help "
+                 "topics); debias: a .jsonl of prompts (the world's)"),
+        "steps": (300, "updates; train: the paper 100,000"),
+        "batch_size": (8, "sequences an update, over all ranks; the paper: 1,024"),
+        "micro_batch_size": (0, "sequences a forward pass; 0: all that a rank has"),
+        "lr": (6e-4, "peak learning rate, the paper's"),
+        "resume": (False, "go on from the checkpoint in --out (one every 100 updates), a model of its size"),
+        "seeds": (3, "number of seeds, from --seed on"),
+        "prompt": ("the nurse", "text"),
+        "target": ("she", "the word whose logit is explained"),
+        "word": ("macbook", "its senses are edited; public: MacBook"),
+        "remove": ("apple", "direction that goes; public: Apple"),
+        "add": ("hp", "direction that comes; public: HP"),
+        "save": ("", "write the edited model there, for --ckpt"),
+        "samples": (50, "texts a topic and strength"),
+        "tokens": (20, "new tokens a text"),
+        "no_plot": (False, "write no figure"),
+        "quiet": (False, "no progress bars"),
+        "seed": (0, "of weights, data order and samples"),
+        "device": ("", "cuda or cpu (without it cuda where there is one; demo, ablate_k: cpu)"),
     }
 
     def task(function, names, *positional, **defaults):
         name = "eval" if function is evaluate else function.__name__
         sub = tasks.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__)
         sub.error = fail
-        for flag in f"{names} seed device out".split():
-            sub.add_argument(f"--{flag}", **flags[flag])
-        for flag, settings in positional:
-            sub.add_argument(flag, **settings)
-        sub.set_defaults(task=function, out=Path(f"out/backpack/{name}"), **defaults)
+        sub.add_argument("--out", type=Path, default=f"out/backpack/{name}", help="folder for results (%(default)s)")
+        for flag in f"{names} seed device".split():
+            default, about = flags[flag]
+            default = defaults.get(flag, default)
+            if default is False:
+                sub.add_argument(f"--{flag}", action="store_true", help=about)
+            else:
+                choices, default = (default, default[0]) if isinstance(default, tuple) else (None, default)
+                sub.add_argument(f"--{flag}", type=type(default), choices=choices, default=default,
+                                 help=f"{about} (%(default)s)" if default else about)
+        for what, least, about, *default in positional:
+            sub.add_argument(what, nargs=least, default=default, help=about)
+        sub.set_defaults(task=function)
 
-    model = "ckpt n_head divide_by_k"
-    task(demo, "steps no_plot quiet")
-    task(train, f"{model} arch size n_sense tokenizer data steps batch_size micro_batch_size lr save_every resume "
-         "quiet")
-    task(senses, f"{model} top", ("words", dict(nargs="*", default=["nurse", "mechanic"], help="words to read")))
-    task(attribute, f"{model} prompt target top", prompt="the nurse walked in when")
-    task(debias, f"{model} sense save data", data=None)
-    task(edit, f"{model} word remove add prompt control save", prompt="the {} is made by")
-    task(topic, f"{model} bags samples tokens")
-    task(similarity, model, ("files", dict(nargs="+", type=Path, help="tables of two words and a score")))
-    task(sample, f"{model} prompt tokens temperature", prompt="the nurse")
-    task(evaluate, model, ("files", dict(nargs="*", type=Path, help=".txt, .json or .jsonl (Python's prose)")))
+    task(demo, "steps no_plot quiet", steps=1200)
+    task(train, "ckpt size n_sense tokenizer data steps batch_size micro_batch_size lr resume quiet")
     task(ablate_k, "steps seeds quiet")
+    task(senses, "ckpt", ("words", "*", "words to read", "nurse", "mechanic"))
+    task(attribute, "ckpt prompt target", prompt="the nurse walked in when")
+    task(debias, "ckpt data save")
+    task(edit, "ckpt word remove add save", ("texts", "*", "prompts, some with the word, some with others",
+                                             "the macbook is made by", "my macbook comes from hp . my ipad comes from"))
+    task(topic, "ckpt samples tokens", ("bags", "*", "topics, each words with commas between",
+                                        "class,method,instance,attribute", "string,bytes,character,encoding"))
+    task(sample, "ckpt prompt tokens")
+    task(similarity, "ckpt", ("files", "+", "tables of two words and a score"))
+    task(evaluate, "ckpt", ("files", "+", ".txt, .json or .jsonl"))
     args = parser.parse_args(argv)
-    for name in "steps batch_size micro_batch_size lr save_every seeds top samples tokens n_sense n_head".split():
-        if getattr(args, name, None) is not None and not getattr(args, name) > 0:
+    for name in "steps batch_size lr seeds samples tokens".split():
+        if not getattr(args, name, 1) > 0:
             fail(f"--{name} {getattr(args, name)} must be above 0")
     return args
 
