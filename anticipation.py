@@ -472,7 +472,7 @@ def generate_events(model, vocab, inputs, controls, start, end, programs=None, p
     inputs (k, 4): those before start are the prompt; those from end on are told δ early, and so are the controls (m,
     4), the parts that are kept. What lies between is not looked at. programs: those that may play; options:
     Sampler's."""
-    future = np.concatenate([inputs[inputs[:, TIME] >= end], controls])
+    future = np.concatenate([controls, inputs[inputs[:, TIME] >= end]])  # the kept part first in ties
     future = future[np.argsort(future[:, TIME], kind="stable")]
     future[:, CTRL] = 1
     prompt = pad(inputs[inputs[:, TIME] < start], start, vocab.density)
@@ -622,16 +622,19 @@ class MusicLoss(nn.Module):
         return F.cross_entropy(self.model(ids)[0].float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
-def collate(rows):
-    """Rows of ids → ids, targets (batch, seq) int64, filled up with −1 = no target."""
+def collate(rows, silent=None):
+    """Rows of ids → ids, targets (batch, seq) int64; −1 = no target: filled up; with silent = vocabulary, controls."""
     longest = max(map(len, rows)) - 1
     ids, targets = torch.zeros(len(rows), longest, dtype=torch.int64), torch.full((len(rows), longest), -1)
     for i, row in enumerate(rows):
         ids[i, : len(row) - 1], targets[i, : len(row) - 1] = torch.from_numpy(row[:-1]), torch.from_numpy(row[1:])
+    if silent:
+        targets[(targets >= silent.control) & (targets < silent.sep)] = -1
     return ids, targets
 
 
-def music_updates(model, opt, rows, steps, batch, lr, warmup, first=0, micro=None, stop=(), quiet=False, name="train"):
+def music_updates(model, opt, rows, steps, batch, lr, warmup, first=0, micro=None, stop=(), quiet=False, name="train",
+                  silent=None):
     """Section 4: linear warm-up, then a cosine to 0; gradients clipped to norm 1. Update s takes rows s·batch to (s +
     1)·batch − 1, whoever has them. After each yields (updates done, loss, is something in a rank's list `stop`?)."""
     device, rank, world = model.wte.weight.device, 0, 1
@@ -647,11 +650,12 @@ def music_updates(model, opt, rows, steps, batch, lr, warmup, first=0, micro=Non
         loss_of = torch.compile(ddp)
     cast = torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
     numbers = (range(i, i + micro) for i in range(first * batch + rank * micro, steps * batch, world * micro))
-    loader = DataLoader(rows, batch_sampler=numbers, collate_fn=collate, num_workers=min(8, os.cpu_count()) * on_gpu)
-    stream = iter(loader)
+    workers = min(8, os.cpu_count()) if on_gpu else 0
+    stream = iter(DataLoader(rows, batch_sampler=numbers, collate_fn=partial(collate, silent=silent), num_workers=workers))
     for step in tqdm(range(first, steps), name, steps, initial=first, disable=quiet or rank > 0):
         for group in opt.param_groups:
             group["lr"] = lr * min((step + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        torch.manual_seed(step * world + rank)  # of dropout, so that a resumed run is the same
         total, passes = torch.tensor([0.0, len(stop)], device=device), batch // (micro * world)
         for i in range(passes):
             ids, targets = (t.to(device, non_blocking=True) for t in next(stream))
@@ -765,7 +769,7 @@ class BandRows:
         events, _ = band(rng)
         melody, after = events[:, NOTE] >> 7 == MELODY, events[:, TIME] >= BAR * rng.integers(2, BARS)
         masks = [melody & False, melody, melody | after, after]
-        mask = masks[rng.choice(4, p=[0.1, 0.3, 0.3, 0.3])] if self.anticipatory else masks[0]
+        mask = masks[rng.choice(4, p=[0.1, 0.3, 0.4, 0.2])] if self.anticipatory else masks[0]
         return row_of(interleave(events, mask, MINI), mask.any(), MINI)
 
 
@@ -796,10 +800,11 @@ def learn(name, args):
     torch.manual_seed(args.seed)
     n_layer, n_head, width, lr = SIZES["mini"]
     model = MusicGPT(MusicConfig(MINI.size, MINI.context, n_layer, n_head, width, 0.0, scale_by_layer=False, std=0.05))
-    rows = BandRows(args.seed, name == "anticipatory")
-    for _ in music_updates(model, make_adamw(model, 0.99), rows, args.steps, 8, lr, 20, quiet=args.quiet, name=name):
+    told = name == "anticipatory"
+    for _ in music_updates(model, make_adamw(model, 0.99), BandRows(args.seed, told), args.steps, 8, lr, 20, name=name,
+                           quiet=args.quiet, silent=MINI if told else None):  # ours: no loss on controls
         pass
-    save_music(args.out / f"{name}.pt", model, MINI, name == "anticipatory")
+    save_music(args.out / f"{name}.pt", model, MINI, told)
     return model.eval()
 
 
@@ -817,6 +822,7 @@ def retrieve(events, known, kept, first, last, seed):
 def demo(args):
     """Section 3 where the right answer is known: two models, trained alike, accompany and infill pieces new to them."""
     set_up(args)
+    torch.set_num_threads(1)  # for small matrices a second one costs more than it brings
     if min(args.steps, args.pieces) < 1:
         fail("--steps and --pieces must be above 0")
     pieces = [band(np.random.default_rng((args.seed, 1, k))) for k in range(args.pieces)]
@@ -932,7 +938,8 @@ def train(args):
         lr = lr / 10  # the author's advice
     else:
         vocab = Vocabulary()
-        model = MusicGPT(MusicConfig(vocab.size, vocab.context, n_layer, n_head, width))
+        dropout = 0.0 if args.size == "mini" else 0.1
+        model = MusicGPT(MusicConfig(vocab.size, vocab.context, n_layer, n_head, width, dropout))
     on_gpu = device.type == "cuda"
     steps, batch = args.steps or (100_000 if on_gpu else 100), args.batch_size or (512 if on_gpu else 8)
     rows = Rows(*load_pieces(args, "train", vocab)[:2], vocab, args.seed)
@@ -1173,7 +1180,7 @@ def parse_args(argv=None):
 
     sampling = "instruments n top_p temperature window wav ckpt seed device out no_plot quiet"
     trained = "out/anticipation/demo/anticipatory.pt"
-    task(demo, "steps pieces seed out no_plot quiet", steps=700, device="cpu")
+    task(demo, "steps pieces seed out no_plot quiet", steps=500, device="cpu")
     task(tokenize, "path out quiet")
     task(train, "data size ckpt steps batch_size micro_batch_size lr save_every resume seed device out quiet")
     task(eval_, "data split ckpt seed device out", ckpt="out/anticipation/train/checkpoint.pt")

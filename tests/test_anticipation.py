@@ -527,13 +527,13 @@ CALL = dict(resolution=4, max_time=40, max_duration=4, programs=(0, 73), context
 
 
 class Calls:
-    """Eight times a bass note, and half a second later the melody note that says which it was to be, one of four."""
+    """Eight times a bass note, and half a second later the melody note that says which of two it was to be."""
 
     def __init__(self, vocab):
         self.vocab = vocab
 
     def piece(self, *seed):
-        tones = np.random.default_rng(seed).integers(4, size=8)
+        tones = np.random.default_rng(seed).integers(2, size=8)
         return triplets([(4 * k + 2 * j, 1, 128 * 73 * j + 60 + c) for k, c in enumerate(tones) for j in (0, 1)])
 
     def __getitem__(self, i):
@@ -543,23 +543,23 @@ class Calls:
 
 
 def test_telling_ahead_and_infilling():
-    """No model that reads in order of time gets a bass note right more often than one time in four. Told 1.5 s ahead
-    the same small model fills a gap right, with notes given after it; with δ = 0 it cannot."""
+    """No model that reads in order of time can know a bass note before its melody note. Told 1.5 s ahead the same small
+    model fills a gap right, with notes given after it; with δ = 0 it guesses."""
     right = {}
-    for delta, steps in ((6, 260), (0, 60)):
+    for delta, steps in ((6, 150), (0, 100)):
         vocab = Vocabulary(**CALL, delta=delta)
         data, model = Calls(vocab), tiny_model(vocab, n_layer=2, n_embd=32, scale_by_layer=False, std=0.05)
-        for _ in A.music_updates(model, A.make_adamw(model, 0.99), data, steps, 16, 1e-2, 10, quiet=True):
+        for _ in A.music_updates(model, A.make_adamw(model, 0.99), data, steps, 8, 1e-2, 10, quiet=True):
             pass
         hits = []
-        for k in range(16):
+        for k in range(24):
             events = data.piece(1, k)
             melody = events[:, NOTE] >= 128 * 73
             new = A.generate_events(model.eval(), vocab, events[~melody], events[melody], 8, 16, top_p=0.9, seed=k)
             bass = events[~melody & (events[:, TIME] >= 8) & (events[:, TIME] < 16)]
             hits.append(len({*map(tuple, bass.tolist())} & {*map(tuple, new.tolist())}) / 2)
         right[delta] = np.mean(hits)
-    assert right[6] > 0.75 and right[0] < 0.5, right
+    assert right[6] > 0.9 and right[0] < 0.7, right
 
 
 def test_band_and_its_scores():
@@ -665,7 +665,7 @@ def test_bits_of_a_model_that_knows_nothing(work):
 @pytest.mark.parametrize("words, taken, first, last", [
     ("continue --start 5 --end 9", lambda t, p: t >= 500, 500, 900),
     ("accompany --melody 40 --start 5 --end 9 --n 2", lambda t, p: (t >= 500) & (t < 900) & (p != 40), 500, 900),
-    ("accompany --melody track:2", lambda t, p: (t >= 500) & (p != 40), 500, 2100),
+    ("accompany --melody track:2 --start 5", lambda t, p: (t >= 500) & (p != 40), 500, 2100),
     ("infill --span 6:9 --instruments 33", lambda t, p: (t >= 600) & (t < 900) & (p == 33), 600, 900),
     ("infill --span 6:9 --wav", lambda t, p: (t >= 600) & (t < 900), 600, 900)])
 def test_music_from_a_file(work, words, taken, first, last, capsys):
@@ -757,7 +757,7 @@ def test_hub_weights(tmp_path, monkeypatch):
     ("infill song.mid --ckpt full.pt --span 8:80", "--span 8:80"), ("infill song.mid --ckpt full.pt --span 8", "--span"),
     ("infill song.mid --ckpt ar.pt --span 8:9", "without controls"), ("infill song.mid --span 6:8", "programs [33, 40]"),
     ("infill song.mid --span 6:8 --instruments 7", "programs [7]"), ("infill song.mid --span 6:8 --steps 3", "--steps"),
-    ("tokenize out", "none of 0"), ("train --data out", "tokenize"), ("train --batch_size 6 --micro_batch_size 4", "--batch_size 6"),
+    ("tokenize a", "none of 0"), ("train --data out", "tokenize"), ("train --batch_size 6 --micro_batch_size 4", "--batch_size 6"),
     ("train --resume --out new", "checkpoint.pt"), ("train --ckpt out/anticipation/demo/anticipatory.pt", "vocabulary of its own"),
     ("demo --steps 0", "--steps"), ("continue song.mid --ckpt hub:../x", "hub:../x"),
     ("continue song.mid --ckpt hub:music-small-800k", "config.json")])
