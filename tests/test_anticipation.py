@@ -10,6 +10,7 @@ import sys
 import time
 import wave
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import mido
@@ -116,7 +117,7 @@ def test_padding_and_places_word_by_word():
     assert order((1, 2, 5), 4.5, 2, 1) == ("eeRuRe", 0) and order((1, 3), 5, 5) == ("uee", 0)
 
 
-def test_controls_are_told_in_time_at_places_that_the_past_decides():
+def test_controls_are_told_in_time():
     rng = np.random.default_rng(4)
     for _ in range(20):
         piece, mask = random_piece(rng, 60, 3000), rng.random(60) < 0.5
@@ -125,11 +126,7 @@ def test_controls_are_told_in_time_at_places_that_the_past_decides():
         for place in np.flatnonzero(told[:, CTRL]):
             reached = told[:place][told[:place, CTRL] == 0, TIME].max(initial=0)
             assert told[place, TIME] <= 500 or told[place, TIME] - reached >= 400
-            later = piece.copy()  # what comes later changes nothing before
-            later[(piece[:, TIME] > reached) & ~mask, NOTE] = 1
-            assert np.array_equal(A.interleave(later, mask, PAPER)[:place, [TIME, CTRL]], told[:place, [TIME, CTRL]])
-        back = told[told[:, NOTE] >= 0][:, :3].tolist()
-        assert sorted(back) == sorted(piece[:, :3].tolist())
+        assert sorted(told[told[:, NOTE] >= 0][:, :3].tolist()) == sorted(piece[:, :3].tolist())
 
 
 # ------------------------------------------------------------------------------------ 1. the mathematics: MIDI files
@@ -282,17 +279,13 @@ def test_sound_of_a_late_note(tmp_path):
 def test_controls_and_filter():
     rng = np.random.default_rng(0)
     piece = triplets([(20 * k, 9, 128 * (k % 3) + 60) for k in range(4000)])  # 800 s, three instruments
-    spans = np.mean([A.choose_controls(piece, "spans", rng, PAPER).mean() for _ in range(40)])
-    assert spans == pytest.approx(5 / 25, abs=0.02)
-    shares = [A.choose_controls(piece, "random", rng, PAPER).mean() for _ in range(300)]
-    assert np.mean(shares) == pytest.approx(0.5, abs=0.06) and min(shares) < 0.12 and max(shares) > 0.88
-    for _ in range(20):
-        mask = A.choose_controls(piece, "instruments", rng, PAPER)
-        assert len({*zip(mask.tolist(), (piece[:, NOTE] >> 7).tolist())}) == 3 and 0 < mask.mean() < 1
-    assert not A.choose_controls(piece[::3], "instruments", rng, PAPER).any() and len(A.PRIOR) == 10
+    shares = {kind: [A.choose_controls(piece, kind, rng, PAPER).mean() for _ in range(200)] for kind in A.PRIOR}
+    assert np.mean(shares["spans"]) == pytest.approx(5 / 25, abs=0.02) and not any(shares["none"])
+    assert np.mean(shares["random"]) == pytest.approx(0.5, abs=0.07) and min(shares["random"]) < 0.12
+    assert set(np.round(shares["instruments"], 2)) == {0.33, 0.67}
+    assert not A.choose_controls(piece[::3], "instruments", rng, PAPER).any()
     assert [A.why_not(e)[:9] for e in (piece, piece[:99], piece[:100] // [9, 1, 1, 1], piece * [9, 1, 1, 1])] == [
         "", "99 notes,", "2.2 s, sh", "7198 s, l"]
-    assert "17 instruments" in A.why_not(triplets([(20 * k, 9, 128 * (k % 17)) for k in range(200)]))
 
 
 class Notes:
@@ -308,21 +301,17 @@ class Notes:
 
 def test_rows_by_number():
     """Each id in its slot, times from 0, z as the copy has controls; wrong once: all of the file was read for a row."""
-    pieces = [random_piece(np.random.default_rng(k), n, 40 * n)[:, :3] for k, n in enumerate((5000, 150))]
+    pieces = [random_piece(np.random.default_rng(k), n, 10 * n)[:, :3] for k, n in enumerate((2000, 150))]
     notes = Notes(np.concatenate(pieces))
-    rows, flags, heads = A.Rows(notes, [(0, 5000), (5000, 5150)], PAPER, 3), [], 0
-    for i in range(60):
-        row = rows[i]
-        assert len(row) == 1024 and np.array_equal(row, A.Rows(notes, [(0, 5000), (5000, 5150)], PAPER, 3)[i])
-        cut = row[1:].reshape(-1, 3) - PAPER.control * (row[1:].reshape(-1, 3) >= PAPER.control)
-        seps = np.flatnonzero((row[1:].reshape(-1, 3) == PAPER.sep).all(1))
-        real = np.delete(cut, seps, 0)
-        assert all(((real[:, k] >= low) & (real[:, k] < high)).all() for k, (low, high) in enumerate(PAPER.slots))
-        head = cut[: seps[0] if len(seps) else 341]
-        assert not len(head) or head[:, TIME].min() == 0
-        flags.append(int(row[0]))
-        heads += len(seps)
-    assert set(flags) == {55_026, 55_027} and heads > 5 and notes.most <= 2 * 341 and not np.array_equal(rows[0], rows[1])
+    make = lambda: A.Rows(notes, [(0, 2000), (2000, 2150)], PAPER, 3)
+    rows = [make()[i] for i in range(40)]
+    for row in rows:
+        cut, sep = row[1:].reshape(-1, 3), (row[1:].reshape(-1, 3) == PAPER.sep).all(1)
+        plain = (cut - PAPER.control * (cut >= PAPER.control))[~sep]
+        assert all(((plain[:, k] >= low) & (plain[:, k] < high)).all() for k, (low, high) in enumerate(PAPER.slots))
+        assert sep[0] or plain[: np.append(sep, True).argmax(), TIME].min() == 0
+    assert {int(row[0]) for row in rows} == {55_026, 55_027} and notes.most <= 2 * 341
+    assert np.array_equal(make()[7], rows[7]) and not np.array_equal(rows[0], rows[1])
 
 
 def tiny_model(vocab=TINY, **changes):
@@ -394,18 +383,13 @@ class Toy:
 
 
 def test_nucleus():
-    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    for p, temperature in ((0.3, 1.0), (0.8, 0.5), (0.95, 2.0), (1.0, 1.0)):
-        logits, allowed = rng.standard_normal(12), np.arange(12) != 3
-        weights = np.exp(logits / temperature) * allowed / (np.exp(logits / temperature) * allowed).sum()
-        order = np.argsort(-weights)
-        kept = order[: 1 + int((np.cumsum(weights[order]) < p).sum())] if p < 1 else order[:11]
-        draws = [A.nucleus(torch.from_numpy(logits), torch.from_numpy(allowed), temperature, p, generator)
-                 for _ in range(2000)]
-        share = np.bincount(draws, minlength=12) / 2000
-        wanted = np.isin(np.arange(12), kept) * weights
-        assert set(draws) <= set(kept.tolist()) and np.abs(share - wanted / wanted.sum()).max() < 0.05
-    assert A.nucleus(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([True, False, True]), 0, 0.9, generator) == 2
+    generator, logits = torch.Generator().manual_seed(0), torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    for p, temperature, allowed, wanted in (
+            (0.65, 1, [1, 1, 1, 1], [0, 4 / 7, 0, 3 / 7]), (1, 1, [1, 1, 0, 1], [1 / 8, 1 / 2, 0, 3 / 8]),
+            (1, 0.5, [1, 1, 1, 1], [1 / 30, 16 / 30, 4 / 30, 9 / 30]), (0.9, 0, [1, 0, 1, 1], [0, 0, 0, 1])):
+        draws = [A.nucleus(logits, torch.tensor(allowed) > 0, temperature, p, generator) for _ in range(2000)]
+        share = np.bincount(draws, minlength=4) / 2000
+        assert np.abs(share - wanted).max() < 0.05 and (share[np.array(wanted) == 0] == 0).all()
 
 
 def authors_loop(model, vocab, prompt, controls, start, end, window):
@@ -505,18 +489,16 @@ def test_generation_looks_at_the_rest_and_not_into_the_gap():
 
 def test_following_a_melody():
     """Algorithm 2: melody notes up to a drawn time go in before it; drawn notes of the melody's program are dropped."""
-    melody = triplets([(4, 1, 128 * 32 + 70), (6, 1, 128 * 32 + 71)])
+    melody, seen = triplets([(4, 1, 128 * 32 + 70), (6, 1, 128 * 32 + 71)]), []
     script = {1: (5, 50), 3: (5, 128 + 9), 4: (7, 51), 5: (20, 0)}  # by the number of triplets before
 
     def model(ids, past=None, last=False):
-        past = (past or []) + ids[0].tolist()
-        logits, (time_, note) = torch.zeros(1, 1, TINY.size), script[(len(past) - 1) // 3]
+        seen.append((past or []) + ids[0].tolist())
+        logits, (time_, note) = torch.zeros(1, 1, TINY.size), script[(len(seen[-1]) - 1) // 3]
         logits[..., : TINY.max_time] = -50.0 * (torch.arange(TINY.max_time) - time_).abs()
         logits[..., TINY.first_note + note] = 99
-        seen.append(past)
-        return logits, past
+        return logits, seen[-1]
 
-    seen = []
     new = A.follow_events(model, TINY, triplets([(0, 1, 60)]), melody, 2, 20)
     assert new[:, [TIME, NOTE]].tolist() == [[5, 50], [7, 51]] and seen[-1][1:-2:3] == [0, 4, 5, 6, 7]
 
@@ -527,13 +509,13 @@ CALL = dict(resolution=4, max_time=40, max_duration=4, programs=(0, 73), context
 
 
 class Calls:
-    """Eight times a bass note, and half a second later the melody note that says which of two it was to be."""
+    """Eight times a bass note, and half a second later the melody note that says which of four it was to be."""
 
     def __init__(self, vocab):
         self.vocab = vocab
 
     def piece(self, *seed):
-        tones = np.random.default_rng(seed).integers(2, size=8)
+        tones = np.random.default_rng(seed).integers(4, size=8)
         return triplets([(4 * k + 2 * j, 1, 128 * 73 * j + 60 + c) for k, c in enumerate(tones) for j in (0, 1)])
 
     def __getitem__(self, i):
@@ -546,10 +528,10 @@ def test_telling_ahead_and_infilling():
     """No model that reads in order of time can know a bass note before its melody note. Told 1.5 s ahead the same small
     model fills a gap right, with notes given after it; with δ = 0 it guesses."""
     right = {}
-    for delta, steps in ((6, 150), (0, 100)):
+    for delta, steps in ((6, 140), (0, 60)):
         vocab = Vocabulary(**CALL, delta=delta)
         data, model = Calls(vocab), tiny_model(vocab, n_layer=2, n_embd=32, scale_by_layer=False, std=0.05)
-        for _ in A.music_updates(model, A.make_adamw(model, 0.99), data, steps, 8, 1e-2, 10, quiet=True):
+        for _ in A.music_updates(model, A.make_adamw(model, 0.99), data, steps, 16, 1e-2, 10, quiet=True, silent=vocab):
             pass
         hits = []
         for k in range(24):
@@ -559,25 +541,19 @@ def test_telling_ahead_and_infilling():
             bass = events[~melody & (events[:, TIME] >= 8) & (events[:, TIME] < 16)]
             hits.append(len({*map(tuple, bass.tolist())} & {*map(tuple, new.tolist())}) / 2)
         right[delta] = np.mean(hits)
-    assert right[6] > 0.9 and right[0] < 0.7, right
+    assert right[6] > 0.75 and right[0] < 0.5, right
 
 
 def test_band_and_its_scores():
-    for k in range(10):
+    for k in range(5):
         events, chords = A.band(np.random.default_rng(k))
         for bar, chord in enumerate(chords):
             tones = {[0, 2, 4, 5, 7, 9, 11][(chord + step) % 7] for step in (0, 2, 4)}
             here = events[events[:, TIME] // 8 == bar, NOTE]
-            assert {n % 128 % 12 for n in here[here >> 7 == 0].tolist()} == tones
-            assert {n % 128 % 12 for n in here[here >> 7 == 73][:3].tolist()} == tones
-            assert here[here >> 7 == 32][0] % 128 % 12 == [0, 2, 4, 5, 7, 9][chord]
+            assert {n % 128 % 12 for n in here[here >> 7 == 0]} == tones == {n % 128 % 12 for n in here[here >> 7 == 73][:3]}
+        moved = events + (events[:, NOTE] >> 7 == 32)[:, None] * np.array([0, 0, 1, 0])  # a half-tone up
         assert A.score(events, events, chords, 2, 5) == (1, 1) and A.score(events[:0], events, chords, 2, 5) == (0, 0)
-        moved = events + (events[:, NOTE] >> 7 == 32)[:, None] * np.array([0, 0, 1, 0])
-        root, f1 = A.score(moved, events, chords, 2, 5)
-        assert root == 0 and 0.5 < f1 < 1
-        known, kept = A.given(events, 3, 4, True, True)
-        assert set(events[~known, TIME] // 8) == {3} and (events[kept, NOTE] >> 7 == 73).all() and kept.sum() == 24
-    assert np.allclose(A.CHAIN.sum(1), 1)
+        assert A.score(moved, events, chords, 2, 5)[0] == 0 and 0.5 < A.score(moved, events, chords, 2, 5)[1] < 1
 
 
 # ------------------------------------------------------------------------------------ 3. the tool
@@ -601,7 +577,7 @@ def work(tmp_path_factory):
     tool("--steps", 2, "--pieces", 2, "--quiet")
     Path("midi").mkdir()
     for k in range(30):
-        song(f"midi/{k}.mid", seed=k, n=700)
+        song(f"midi/{k}.mid", seed=k, n=120)
     song("midi/short.mid", n=40)
     on = (0, ON)
     traps = dict(
@@ -620,6 +596,8 @@ def work(tmp_path_factory):
 def there(request, monkeypatch):
     if "work" in request.fixturenames:
         monkeypatch.chdir(request.getfixturevalue("work"))
+        if "ranks" not in request.node.name:  # rows of 64 ids train in no time
+            monkeypatch.setattr(A, "Vocabulary", partial(Vocabulary, context=64))
 
 
 def test_default_run_in_small(work):
@@ -653,10 +631,9 @@ def test_bulk_names_what_is_broken(work, capsys):
 
 def test_bits_of_a_model_that_knows_nothing(work):
     """Each id costs log2 of the vocabulary; bits a second and perplexities follow, as in table 1 of the paper."""
-    model = tiny_model(PAPER, n_layer=1, n_embd=4, std=0.0)
-    args = A.parse_args(["eval"])
-    table = dict(A.held_out_table(model, PAPER, args, "train"))
-    notes, pieces, seconds = A.load_pieces(args, "train", PAPER)
+    model, args, vocab = tiny_model(PAPER, n_layer=1, n_embd=4, std=0.0), A.parse_args(["eval"]), A.Vocabulary()
+    table = dict(A.held_out_table(model, vocab, args, "test"))
+    notes, pieces, seconds = A.load_pieces(args, "test", vocab)
     n = sum(1 + len(A.pad(np.insert(notes[a:b].astype(int), 3, 0, 1), int(notes[b - 1, 0]), 100)) for a, b in pieces)
     assert table["bits a second"] == pytest.approx(3 * n * math.log2(55_028) / seconds, rel=1e-5)
     assert table["perplexity of a triplet"] == pytest.approx(55_028**3, rel=1e-4)
@@ -699,38 +676,38 @@ def test_a_gpus_path(work):
     assert losses[-1] < losses[0] and math.isfinite(losses[-1])
 
 
-FLAGS = "train --size mini --steps 4 --batch_size 2 --save_every 1 --quiet --out".split()
+FLAGS = "train --size mini --batch_size 2 --save_every 1 --quiet --steps".split()
 
 
 def test_stopped_and_resumed_is_the_same(work, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGINT)
-    tool(*FLAGS, "a")
+    tool(*FLAGS, 4, "--out", "a")
     keep = A.save_music
     monkeypatch.setattr(A, "save_music", lambda *a, **k: (keep(*a, **k), k["step"] == 1 and signal.raise_signal(signal.SIGINT)))
     with pytest.raises(SystemExit) as stop:
-        tool(*FLAGS, "b")
+        tool(*FLAGS, 4, "--out", "b")
     signal.signal(signal.SIGINT, handler)
     monkeypatch.setattr(A, "save_music", keep)
     assert stop.value.code == 130 and "stopped after step 2 of 4" in capsys.readouterr().err
-    tool(*FLAGS, "b", "--resume")
+    tool(*FLAGS, 4, "--out", "b", "--resume")
     signal.signal(signal.SIGINT, handler)
     a, b = (torch.load(f"{name}/checkpoint.pt", weights_only=True) for name in "ab")
     assert a["step"] == b["step"] == 4 and all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
     with pytest.raises(SystemExit):
-        tool(*FLAGS, "b", "--resume", "--lr", 0.5)
+        tool(*FLAGS, 4, "--out", "b", "--resume", "--lr", 0.5)
     assert "is of another run" in capsys.readouterr().err
 
 
 def test_two_ranks_train_as_one(work):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HOUSE / "anticipation.py"]
-    done = subprocess.run([*launcher, *FLAGS, "two"], text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    done = subprocess.run([*launcher, *FLAGS, "2", "--out", "two"], text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     handler = signal.getsignal(signal.SIGINT)
-    tool(*FLAGS, "one")
+    tool(*FLAGS, 2, "--out", "one")
     signal.signal(signal.SIGINT, handler)
     one, two = ([loss for _, loss in json.loads(Path(name, "results.json").read_text())["history"]] for name in ("one", "two"))
-    assert len(one) == 4 and one == pytest.approx(two, rel=1e-4)
+    assert len(one) == 2 and one == pytest.approx(two, rel=1e-4)
 
 
 def test_hub_weights(tmp_path, monkeypatch):
