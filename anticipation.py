@@ -64,7 +64,7 @@ nothing was downloaded.
 Try:
     p=[0.1, 0.9, 0, 0] in BandRows and --pieces 24     no spans to learn from: infill bar 4 root 0.208, F1 0.386
     python anticipation.py infill out/anticipation/demo/anticipatory_infill_bar_4.mid --span 4:6     12 notes out, 12 in
-    python anticipation.py tokenize DIR, with a broken file in DIR     it is named and left out, the others are read
+    delta=0 in MINI and --pieces 24     nothing is told ahead: accompany root 0.111, F1 0.440; infill bar 4 0.125, 0.481
 """
 
 import argparse
