@@ -533,7 +533,7 @@ class Sampler:
         return [self.latest[-1], drawn[DUR], 128 * vocab.programs[drawn[NOTE] // 128] + drawn[NOTE] % 128, 0]
 
 
-def generate_events(model, vocab, inputs, controls, start, end, programs=None, progress=lambda time: 0, **options):
+def generate(model, vocab, inputs, controls, start, end, programs=None, progress=lambda time: 0, **options):
     """Algorithm 1: continue, infill or accompany → new events (n, 4) in [start, end), in bins.
 
     inputs (k, 4): those before start are the prompt; those from end on are told δ early, and so are the controls (m,
@@ -889,12 +889,13 @@ def retrieve(events, known, kept, first, last, seed):
 
 def demo(args):
     """Section 3 where the right answer is known: two models, trained alike, accompany and infill pieces new to them."""
-    set_up(args)
+    if set_up(args)[2] > 1:
+        fail("the demo is for one process; train is for torchrun")
     torch.set_num_threads(1)  # for small matrices a second one costs more than it brings
     if min(args.steps, args.pieces) < 1:
         fail("--steps and --pieces must be above 0")
     pieces = [band(np.random.default_rng((args.seed, 1, k))) for k in range(args.pieces)]
-    players = {"anticipatory": partial(fill, learn("anticipatory", args), generate_events),
+    players = {"anticipatory": partial(fill, learn("anticipatory", args), generate),
                "autoregressive": partial(fill, learn("autoregressive", args), follow_events), "retrieval": retrieve}
     table, pictures = [], {}
     for name, play in players.items():
@@ -1105,7 +1106,7 @@ def play_anew(args, opened, song, kept, start, end, until):
         fail(f"{args.ckpt} hears only programs {vocab.programs}, and what is kept has none of them")
     if not anticipatory and (rest & (times >= first)).any():
         fail(f"--ckpt {args.ckpt} was trained without controls: it cannot know what comes after a gap")
-    play = generate_events if anticipatory or not kept.any() else follow_events
+    play = generate if anticipatory or not kept.any() else follow_events
     for k in range(args.n):
         with tqdm(total=last - first, desc=f"version {k}", disable=args.quiet) as bar:
             new = play(model, vocab, song.events[rest & heard], song.events[kept & heard], first, last, players,

@@ -355,7 +355,7 @@ def log_prob(model, before, after):
 
 
 @torch.no_grad()
-def generate(model, ids, n_new, temperature=1.0, **control):
+def continue_texts(model, ids, n_new, temperature=1.0, **control):
     """ids (batch, seq) int64 → (batch, seq + n_new), sampled with a cache; temperature 0 takes the likeliest.
     control=: of Backpack.trunk."""
     new, cache = ids, {}
@@ -985,7 +985,7 @@ def topic(args):
     rows, start = [], tensor_for(model, [prompt_ids(codec, "", model, args.tokens)] * args.samples)
     scores = topic_scores(model, bags, [codec.start])
     for name, strength in product(bags, STRENGTHS):
-        texts = generate(model, start, args.tokens, control=topic_control(model, scores[name], strength)).tolist()
+        texts = continue_texts(model, start, args.tokens, control=topic_control(model, scores[name], strength)).tolist()
         nats = -np.mean([log_prob(model, text[:1], text[1:])[0] for text in texts]) / args.tokens
         rows.append((name, str(strength), np.isin(texts, bags[name]).mean(), nats))
     print(codec.decode(texts[0]))
@@ -996,7 +996,7 @@ def sample(args):
     """Continue --prompt, with the keys of all layers and the senses of all tokens so far kept."""
     model, codec = open_model(args, kind=nn.Module)
     ids = tensor_for(model, [prompt_ids(codec, args.prompt, model, args.tokens)])
-    text = codec.decode(generate(model, ids, args.tokens)[0, 1:].tolist())
+    text = codec.decode(continue_texts(model, ids, args.tokens)[0, 1:].tolist())
     print(text)
     save_results(args.out, args, text=text)
 

@@ -434,7 +434,7 @@ def test_exact_window_is_the_authors_sampler(seed):
 
     expected = authors_loop(noisy, TINY, A.pad(inputs, 10, 3), controls, 10, 60, 9)
     options = dict(window="exact", temperature=0, progress=seen.append)
-    found = A.generate_events(noisy, TINY, inputs, controls, 10, 60, **options)
+    found = A.generate(noisy, TINY, inputs, controls, 10, 60, **options)
     assert len(expected) > 4 and found.tolist() == expected and seen == sorted(seen)
 
 
@@ -458,7 +458,7 @@ def test_cached_sampling_equals_full_passes(window):
     inputs, controls = random_piece(rng, 8, 10, TINY.programs), random_piece(rng, 9, 50, TINY.programs)
     for options in (dict(temperature=0), dict(top_p=0.9, seed=1)):
         options["window"] = window
-        found = [A.generate_events(m, TINY, inputs, controls, 10, 80, **options) for m in (model, uncached)]
+        found = [A.generate(m, TINY, inputs, controls, 10, 80, **options) for m in (model, uncached)]
         assert np.array_equal(*found) and len(found[0]) > 15
 
 
@@ -471,7 +471,7 @@ def test_a_model_in_a_rut_comes_to_an_end():
         return logits, ids
 
     piece = triplets([(0, 1, 60), (30, 1, 60)])
-    for play in (A.generate_events, A.follow_events):
+    for play in (A.generate, A.follow_events):
         new = play(model, TINY, piece, piece, 2, 8, programs=[32])
         assert len(new) <= 6 * A.MOST_AT_ONCE and set(new[:, NOTE] >> 7) <= {0, 32} and (new[:, TIME] >= 2).all()
     sampler = A.Sampler(model, TINY, TINY.sep + 1, [])
@@ -483,7 +483,7 @@ def test_generation_looks_at_the_rest_and_not_into_the_gap():
     piece, melody = random_piece(rng, 30, 60, TINY.programs), random_piece(rng, 12, 60, (0,))
 
     def play(piece):
-        return np.concatenate([A.generate_events(model, TINY, piece, melody, 20, 40, seed=k) for k in range(6)])
+        return np.concatenate([A.generate(model, TINY, piece, melody, 20, 40, seed=k) for k in range(6)])
 
     new = play(piece)
     assert any(TINY.control < i < TINY.sep for call in model.calls for i in call)  # told as controls
@@ -492,9 +492,9 @@ def test_generation_looks_at_the_rest_and_not_into_the_gap():
     for mask, same in ((inside, True), (after, False)):
         assert np.array_equal(play(np.where(mask[:, None], piece - [0, 0, 1, 0], piece)), new) == same
     model.calls.clear()
-    A.generate_events(model, TINY, piece[:0], melody[:0], 0, 10)
+    A.generate(model, TINY, piece[:0], melody[:0], 0, 10)
     assert model.calls[0] == [TINY.sep + 1]  # nothing given: z = 0
-    only = A.generate_events(model, TINY, piece, melody, 20, 40, programs=[32])
+    only = A.generate(model, TINY, piece, melody, 20, 40, programs=[32])
     assert len(only) and set((only[:, NOTE] >> 7).tolist()) == {32}
 
 
@@ -548,7 +548,7 @@ def test_telling_ahead_and_infilling():
         for k in range(24):
             events = data.piece(1, k)
             melody = events[:, NOTE] >= 128 * 73
-            new = A.generate_events(model.eval(), vocab, events[~melody], events[melody], 8, 16, top_p=0.9, seed=k)
+            new = A.generate(model.eval(), vocab, events[~melody], events[melody], 8, 16, top_p=0.9, seed=k)
             bass = events[~melody & (events[:, TIME] >= 8) & (events[:, TIME] < 16)]
             hits.append(len({*map(tuple, bass.tolist())} & {*map(tuple, new.tolist())}) / 2)
         right[delta] = np.mean(hits)

@@ -166,7 +166,7 @@ def test_cached_generation_equals_full_recompute():
     control = bp.topic_control(model, bp.topic_scores(model, {"a": [2]})["a"], 3)
     with bp.edited(model, {2: torch.randn(5, 12, dtype=torch.float64)}):
         for which, more in ((model, {}), (model, dict(control=control)), (model.gpt, {})):
-            texts = bp.generate(which, prompts, 15, temperature=0, **more)
+            texts = bp.continue_texts(which, prompts, 15, temperature=0, **more)
             assert torch.equal(texts[:, :4], prompts)
             logits = torch.stack([which.lm_head(which.trunk(texts[:, :n], **more))[:, -1] for n in range(4, 19)], 1)
             assert torch.equal(logits.argmax(-1), texts[:, 4:])

@@ -15,7 +15,7 @@ HOUSE = Path(__file__).parent.parent
 PAPERS = ("sophia backpack anticipation lexinvariant spsa_distributed onesided_mc ecosystem neqa lost_in_middle "
           "review_consistency").split()
 ROOT_FILES = [name for name in PAPERS if (HOUSE / f"{name}.py").exists()]
-REBUILT = "sophia ecosystem onesided_mc review_consistency backpack spsa_distributed lost_in_middle neqa".split()
+REBUILT = [name for name in ROOT_FILES if name != "lexinvariant"]
 PACKAGES = {"torch", "numpy", "tiktoken", "mido", "tqdm", "einops", "triton", "matplotlib", "requests",
             "urllib3", "kernels"}
 QUICK = {  # a task of each file that takes seconds: it must work from a folder that holds nothing else
@@ -25,7 +25,7 @@ QUICK = {  # a task of each file that takes seconds: it must work from a folder 
     "onesided_mc": "--rows 500,1000 --seeds 1 --columns 12",
     "spsa_distributed": "train --steps 5",
     "lexinvariant": "theorem",
-    "anticipation": "--steps 2 --pieces 2 --workers 1",
+    "anticipation": "--steps 2 --pieces 2 --quiet",
     "lost_in_middle": "lab --steps 2 --seeds 1",
     "neqa": "compose",
     "backpack": "ablate_k --steps 2 --seeds 1 --quiet",
