@@ -69,15 +69,12 @@ def pointer_cross_entropy(query, rows, first, target, new, n_seen, n_vocab):
     return torch.logaddexp(z.logsumexp(2), new) - torch.where(target >= 0, chosen, novel)
 
 
-def permutations(n, n_vocab, p, device=None):
-    """n random permutations of the ids, (n, n_vocab) int64. Each symbol is chosen with probability p, a number or
-    (n, 1); the chosen ones change places at random."""
-    ids = torch.arange(n_vocab, device=device)
-    chosen, shuffle = torch.rand(2, n, n_vocab, device=device)
-    chosen = chosen < p
-    old = torch.where(chosen, ids, n_vocab + ids).argsort(1)  # the chosen ones in order, then the others
-    new = torch.where(chosen, shuffle, 2.0 + ids).argsort(1)  # the chosen ones shuffled, then the others as above
-    return torch.empty_like(old).scatter_(1, old, new)
+def renamed(n, n_vocab, p, device=None):
+    """What becomes of each symbol in n sequences, (n, n_vocab) int64: with probability p, a number or (n, 1), its place
+    in a random permutation, else itself (section 3.6). p = 1: a permutation; between, two may become one."""
+    permutation = torch.rand(n, n_vocab, device=device).argsort(1)
+    chosen = torch.rand(n, n_vocab, device=device) < p
+    return torch.where(chosen, permutation, torch.arange(n_vocab, device=device))
 
 
 MODES = ("gaussian", "canonical", "permute", "standard")
@@ -86,9 +83,9 @@ MODES = ("gaussian", "canonical", "permute", "standard")
 class LexinvariantEmbedding(nn.Module):
     """The two ends of a language model whose symbols mean nothing beforehand, around any causal trunk:
 
-        symbols, rows = embedding(x)                   # x (batch, seq + 1) ids → symbols alike; rows (batch, seq, d)
-        hidden = trunk(embedding.enter(rows))          # (batch, seq, d)
-        loss = embedding.loss(hidden, symbols, rows)   # (batch, seq) nats
+        symbols, rows = embedding(x)  # x (batch, seq + 1) ids → symbols alike; rows (batch, seq, d)
+        hidden = trunk(rows * embedding.scale + embedding.shift)  # (batch, seq, d); appendix B
+        loss = embedding.loss(hidden, symbols, rows)  # (batch, seq) nats
 
     gaussian   the paper's: a fresh row of N(0, I) for each symbol of each sequence, for input and read-out. There is no
                table: a symbol's row is the draw at its first occurrence. So for one draw the losses do not change by a
@@ -105,7 +102,7 @@ class LexinvariantEmbedding(nn.Module):
         super().__init__()
         self.n_vocab, self.mode, self.p, self.compact = n_vocab, mode, p, mode in ("gaussian", "canonical")
         self.table = None if mode == "gaussian" else nn.Parameter(torch.randn(n_vocab, d_model))
-        self.scale, self.shift = nn.Parameter(torch.ones(d_model)), nn.Parameter(torch.zeros(d_model))  # appendix B
+        self.scale, self.shift = nn.Parameter(torch.ones(d_model)), nn.Parameter(torch.zeros(d_model))
         self.readout = nn.Linear(d_model, d_model, bias=False)
         self.new = nn.Linear(d_model, 1) if self.compact else None
         nn.init.zeros_(self.readout.weight)  # the first loss is near that of a uniform guess
@@ -118,15 +115,12 @@ class LexinvariantEmbedding(nn.Module):
             first = first_occurrences(x[mine, :-1])[..., None]
             return x[mine], draw.gather(1, first.expand_as(draw))
         if self.mode == "permute":
-            x = permutations(len(x), self.n_vocab, self.p if p is None else p, x.device).gather(1, x)
+            x = renamed(len(x), self.n_vocab, self.p if p is None else p, x.device).gather(1, x)
         if self.mode == "canonical":
             first = first_occurrences(x)
             rank = (first == positions_of(x)).cumsum(1) - 1
             x = rank.gather(1, first)  # banana → 0 1 2 1 2 1
         return x[mine], F.embedding(x[mine, :-1], self.table)
-
-    def enter(self, rows):
-        return rows * self.scale + self.shift
 
     def logits(self, hidden):
         return (self.readout(hidden) @ self.table.T / math.sqrt(len(self.scale))).float()
@@ -209,7 +203,7 @@ class RelativeAttention(nn.Module):
         for linear in (self.qkv, self.out):
             nn.init.normal_(linear.weight, std=d_model**-0.5)
         if paper:
-            self.scale = nn.Parameter(torch.ones(n_head, 1, 1))
+            self.scale = nn.Parameter(torch.full((n_head, 1, 1), (d_model / n_head) ** 0.5))  # logits of 1
             return
         self.conv = nn.Conv1d(3 * d_model, 3 * d_model, 4, groups=3 * d_model, bias=False)
         with torch.no_grad():
@@ -225,10 +219,9 @@ class RelativeAttention(nn.Module):
             qkv = self.conv(F.pad(qkv.mT, (3, 0))).mT
         q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (batch, head, seq, head width) each
         if self.paper:
-            q, k = (F.normalize(q, dim=-1) * self.scale).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
+            q, k = (x.to(v.dtype) for x in (F.normalize(q, dim=-1) * self.scale, F.normalize(k, dim=-1)))
         mask = self.bias(buckets).permute(2, 0, 1) + torch.full(buckets.shape, -math.inf, device=x.device).triu(1)
-        dropout, scale = (0.05 * self.training, 1.0) if self.paper else (0.0, None)
-        y = F.scaled_dot_product_attention(q, k, v, mask.to(v.dtype), dropout, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, mask.to(v.dtype), 0.05 * (self.paper and self.training))
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -263,7 +256,7 @@ class LexinvariantLM(nn.Module):
         """x (batch, seq + 1) ids; p, mine as in LexinvariantEmbedding → loss (batch, seq) in nats, hidden (batch, seq,
         d_model), symbols (batch, seq + 1), rows (batch, seq, d_model)."""
         symbols, rows = self.embedding(x, p, mine)
-        hidden, buckets = self.embedding.enter(rows), relative_buckets(positions_of(rows))
+        hidden, buckets = rows * self.embedding.scale + self.embedding.shift, relative_buckets(positions_of(rows))
         for layer in self.layers:
             hidden = layer(hidden, buckets)
         hidden = self.norm(hidden)
@@ -375,10 +368,11 @@ def optimizer(model, lr):
 
 
 def rate(step, steps, paper):
-    """Share of the peak learning rate. paper: 1,000 steps of warm-up, a cosine from 1 to 0.1."""
+    """Share of the peak learning rate: linear over 50 steps, constant, from the middle on linear to 0.1 (a cosine
+    learns LookUp later). paper: linear over 1,000 steps, and a cosine from 1 to 0.1."""
     if paper:
         return min(1, (step + 1) / 1000) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-    return min(1, (step + 1) / 50) * (0.1 + 0.9 * min(1, 2 - 2 * step / steps))
+    return min(1, (step + 1) / 50, 2.1 - 2 * step / steps)
 
 
 def update(model, opt, batch_of, steps, seed, first=0, quiet=True):
@@ -510,10 +504,10 @@ def key_precision(cipher, plain, guess):
 
 def read_cipher(model, probe, cipher, seq, draws=8):
     """A reading of each symbol: (length,) int64 ids → (length,) ids, −1 if the symbol is not in the first seq. Every
-    position votes by the probe's log-probabilities over several draws, late ones more."""
+    position votes by the probe's log-probabilities, over several draws."""
     start = cipher[:seq]
     hidden = read(model, F.pad(start, (0, 1)).expand(draws, -1), 1.0)[1]
-    log_p = probe(hidden).log_softmax(2).mean(0) * torch.arange(1, len(start) + 1)[:, None]
+    log_p = probe(hidden).log_softmax(2).mean(0)
     votes = torch.zeros(model.config["n_vocab"], model.config["n_vocab"]).index_add_(0, start, log_p)
     return torch.where(votes.any(1), votes.argmax(1), -1)[cipher]
 
@@ -521,25 +515,30 @@ def read_cipher(model, probe, cipher, seq, draws=8):
 # ==================================================================================== the experiments
 
 
+def lines(left, right, shown):
+    """Lines "left > right ⏎" of symbols, 0 is > and 1 the line's end: left (n, lines, a), right (n, lines, b) → ids
+    (n, length), and which predictions are of right, from line `shown` on."""
+    ends, answer = np.zeros((*left.shape[:2], 1), np.int64), left.shape[2] + np.arange(right.shape[2])
+    ids = np.concatenate([left, ends, right, ends + 1], 2)  # (n, lines, a + b + 2)
+    places = answer + ids.shape[2] * np.arange(shown, ids.shape[1])[:, None]
+    return torch.from_numpy(ids.reshape(len(ids), -1)), places.flatten()
+
+
 def lookup_batch(n, n_vocab, fixed, rng, pairs=8, queries=24):
-    """Section 3.4's LookUp, lines "key > value ⏎" of random symbols (0 is >, 1 the line's end): 8 pairs, then queries.
-    fixed (n_vocab,): the value of each key; None: random values. → ids (n, length), which predictions are answers."""
+    """Section 3.4's LookUp: pairs of keys and values, then queries. fixed (n_vocab,): the value of each key; None:
+    random values."""
     keys = 2 + rng.random((n, n_vocab - 2)).argsort(1)[:, :pairs]
     values = rng.integers(2, n_vocab, keys.shape) if fixed is None else fixed[keys]
-    asked = rng.integers(pairs, size=(n, queries))
-    left, right = (np.concatenate([x, np.take_along_axis(x, asked, 1)], 1) for x in (keys, values))
-    ids = np.stack([left, np.zeros_like(left), right, np.ones_like(left)], 2).reshape(n, -1)
-    return torch.from_numpy(ids), list(range(4 * pairs + 1, 4 * (pairs + queries), 4))
+    asked = np.concatenate([np.tile(np.arange(pairs), (n, 1)), rng.integers(pairs, size=(n, queries))], 1)
+    return lines(*(np.take_along_axis(x, asked, 1)[..., None] for x in (keys, values)), pairs)
 
 
-def permutation_batch(n, n_vocab, fixed, rng, length=3, keep=2, lines=9):
-    """Section 3.4's Permutation, lines "A 2 C > C A ⏎": in each line of a sequence the same places of three random
-    symbols, in the same order. fixed is not used. Returns as above, the answers of the second half of the lines."""
+def permutation_batch(n, n_vocab, fixed, rng, length=3, keep=2, demos=4, queries=5):
+    """Section 3.4's Permutation, "A 2 C > C A": in every line of a sequence the same places of three random symbols,
+    in the same order. fixed is not used."""
     order = rng.random((n, 1, length)).argsort(2)[..., :keep]
-    words = 2 + rng.random((n, lines, n_vocab - 2)).argsort(2)[..., :length]
-    ends, line = np.zeros((n, lines, 1), np.int64), length + keep + 2
-    ids = np.concatenate([words, ends, np.take_along_axis(words, order, 2), ends + 1], 2).reshape(n, -1)
-    return torch.from_numpy(ids), [line * i + length + j for i in range(lines // 2, lines) for j in range(keep)]
+    words = 2 + rng.random((n, demos + queries, n_vocab - 2)).argsort(2)[..., :length]
+    return lines(words, np.take_along_axis(words, order, 2), demos)
 
 
 def symbol_task(make, mode, steps, seed, quiet, n_vocab=64):
@@ -556,9 +555,9 @@ def symbol_task(make, mode, steps, seed, quiet, n_vocab=64):
     return found
 
 
-def symbol_tasks(name, make, modes, steps, seeds, quiet):
-    """symbol_task for each → {(mode, seed): its curves}, and a table."""
-    found = {(mode, seed): symbol_task(make, mode, steps, seed, quiet) for mode in modes for seed in seeds}
+def symbol_tasks(name, make, modes, seeds, steps, seed, quiet):
+    """symbol_task for each mode and so many seeds → {(mode, seed): its curves}, and a table."""
+    found = {(mode, seed + i): symbol_task(make, mode, steps, seed + i, quiet) for mode in modes for i in range(seeds)}
     print(f"\n{name}, all models trained on all symbols: share of answers right")
     print_table(["embedding", "seed", "as in training", "random values"],
                 [[*key, *(float(right.mean()) for right in pair)] for key, pair in found.items()])
@@ -589,9 +588,10 @@ def chain_run(mode, steps, seed, quiet, d=4, seq=64):
     x = texts(EVALUATION, 2000)
     known, best, reading = bayes_losses(chain, x.numpy())
     loss, hidden, *_ = read(model, x)
-    losses = {"q, which knows the alphabet": known[:, 1:], "p′, exact": best[:, 1:], f"{mode} model": loss}
-    right = {"p′, exact": reading[:, :-1] == x.numpy()[:, :-1], f"{mode} model": probe(hidden).argmax(2) == x[:, :-1]}
-    losses, right = ({name: np.mean(np.asarray(values), 0) for name, values in curves.items()} for curves in (losses, right))
+    read_right = (probe(hidden).argmax(2) == x[:, :-1]).numpy()
+    losses = {"q, which knows the alphabet": known[:, 1:].mean(0), "p′, exact": best[:, 1:].mean(0),
+              f"{mode} model": loss.numpy().mean(0)}
+    right = {"p′, exact": (reading == x.numpy())[:, :-1].mean(0), f"{mode} model": read_right.mean(0)}
     print_curves(f"\nA chain of {d} symbols: nats a symbol", losses)
     print_curves("symbols read right", right)
     gap = losses[f"{mode} model"] - losses["p′, exact"]
@@ -616,18 +616,19 @@ def demo(args):
     torch.set_flush_denormal(True)
     few = lambda steps: (min(args.steps, steps), args.seed, args.quiet)
     paid = regret(args.seed)
-    lookups = symbol_tasks("LookUp", lookup_batch, ("gaussian", "standard"), min(args.steps, 230), [args.seed], args.quiet)
+    lookups = symbol_tasks("LookUp", lookup_batch, ("gaussian", "standard"), 1, *few(230))
     losses, right = chain_run("canonical", *few(500))
     ids, val, note = load_text(args.data, "az27", 192)
     english = english_run("permute", ids, val, *few(600)) | english_run("gaussian", ids, val, *few(400))
     print_curves("\nEnglish: nats a character", english)
     share = np.bincount(val) / len(val)
     print(f"a reader of single characters: {-(share * np.log(share + 1e-9)).sum():.3f} at best. {note}")
-    save_results(args.out, args, regret=paid, lookup=list(lookups.values()), losses=losses, right=right, english=english)
+    by_query = {mode: pair[1] for (mode, _), pair in lookups.items()}
+    save_results(args.out, args, regret=paid, lookup=by_query, losses=losses, right=right, english=english)
 
     def draw(fig):
         panels = {"Not knowing d symbols costs at most ln d! nats in all": paid,
-                  "LookUp, random values: share right, by query": {mode: pair[1] for (mode, _), pair in lookups.items()},
+                  "LookUp, random values: share right, by query": by_query,
                   "A chain of 4 symbols: share of symbols read right": right, "English: nats a character": english}
         for ax, (title, curves) in zip(fig.subplots(2, 2).flat, panels.items()):
             for name, curve in curves.items():
@@ -649,8 +650,7 @@ def lookup(args):
     """Table 1: LookUp and Permutation. All models are trained on all symbols."""
     torch.set_num_threads(1)
     make, steps = {"lookup": (lookup_batch, 230), "permutation": (permutation_batch, 800)}[args.kind]
-    seeds = range(args.seed, args.seed + args.seeds)
-    found = symbol_tasks(args.kind, make, MODES, args.steps or steps, seeds, args.quiet)
+    found = symbol_tasks(args.kind, make, MODES, args.seeds, args.steps or steps, args.seed, args.quiet)
     print("The paper's table 1 (150M weights, trained on the Pile): LookUp 48.5 % standard, 91.8 % lexinvariant; "
           "Permutation 27.7 and 59.4 %")
     save_results(args.out, args, found=list(found.items()))
@@ -667,7 +667,7 @@ PRESETS = {  # size; run
 
 
 def train(args):
-    """Section 3.1: train a model, its loss by position. --resume goes on after Ctrl-C; torchrun shares the batch out."""
+    """Section 3.1: train a model, its loss by position. --resume goes on after Ctrl-C; torchrun shares batches out."""
     device, rank, world = set_up(args)
     size, defaults = PRESETS[args.preset]
     for name, value in defaults.items():
@@ -679,7 +679,7 @@ def train(args):
     ids, val, note = load_text(args.data, args.alphabet, args.seq)
     model = LexinvariantLM(len(ALPHABETS[args.alphabet]), args.mode, p=args.p, **size).to(device)
     opt, checkpoint, first = optimizer(model, args.lr), args.out / "checkpoint.pt", 0
-    settings = {name: value for name, value in vars(args).items() if name not in "task out resume quiet device".split()}
+    settings = {name: vars(args)[name] for name in "preset mode p data alphabet seq batch_size steps lr seed".split()}
     if args.resume:
         saved = load_checkpoint(checkpoint)
         if saved["settings"] != settings:
@@ -688,7 +688,7 @@ def train(args):
         opt.load_state_dict(saved["optimizer"])
         first = saved["step"]
     if rank == 0:
-        print(f"{note}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M weights, {device}", flush=True)
+        print(note, flush=True)
     batch_of = lambda step: (windows(ids, args.batch_size, args.seq, args.seed, 1, step), None)
     for step, _ in update(model, opt, batch_of, args.steps, args.seed, first, args.quiet):
         if rank == 0 and (step == args.steps or step % args.save_every == 0):
@@ -720,7 +720,6 @@ def load_checkpoint(path):
 
 def decipher(args):
     """Figures 4 and 5: a probe of a frozen model reads substitution ciphers, and yours by --text."""
-    device, _, _ = set_up(args)
     saved = load_checkpoint(args.model)
     config, (data, alphabet, seq) = saved["config"], (saved["settings"][name] for name in ("data", "alphabet", "seq"))
     if config["mode"] == "standard" or config["p"] < 1:
@@ -731,8 +730,8 @@ def decipher(args):
         if len(cipher) < 20 or len(symbols) > config["n_vocab"]:
             fail(f"--text: {len(cipher)} characters, {len(symbols)} different ones (case counts): want 20 or more, and "
                  f"at most {config['n_vocab']} different ones, as the model's alphabet has")
-    ids, val, note = load_text(args.data or data, alphabet, seq)
-    model = LexinvariantLM(**config).to(device).eval()
+    ids, val, note = load_text(data, alphabet, seq)
+    model = LexinvariantLM(**config).eval()
     model.load_state_dict(saved["model"])
     texts = lambda step: windows(ids, 16, seq, args.seed, 3, step)
     probe = train_probe(model, texts, config["n_vocab"], args.steps, args.seed)
@@ -741,7 +740,8 @@ def decipher(args):
     guess, plain, cipher_ids = probe(hidden).argmax(2), x[:, :-1], seen[:, :-1]
     curves = {"read right": (guess == plain).float().mean(0),
               "always the commonest": (plain == int(np.bincount(ids).argmax())).float().mean(0)}
-    print_curves(f"{config['mode']}, {saved['step']:,} steps, {note}: characters of 400 texts", curves)
+    print(f"{config['mode']}, {saved['step']:,} steps. {note}")
+    print_curves("characters of 400 texts", curves)
     last = slice(seq - min(100, seq // 2), seq)
     found = dict(curves, precision=float(key_precision(*(t[:, last] for t in (cipher_ids, plain, guess))).mean()))
     print(f"key precision in the last {last.stop - last.start} positions: {found['precision']:.3f}; the paper, with 150M "
@@ -800,7 +800,7 @@ def parse_args(argv=None):
     task(demo, "data steps seed out no_plot quiet", data="prose", steps=600)
     task(train, "preset mode p data alphabet steps batch_size seq lr resume seed device out quiet",
          mode="gaussian", data="prose")
-    task(decipher, "model data text steps seed device out", steps=600)
+    task(decipher, "model text steps seed out", steps=600)
     task(lookup, "task steps seeds seed out quiet")
     task(bayes, "mode steps seed out quiet", mode="canonical", steps=500)
     args = parser.parse_args(argv)
