@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +79,7 @@ def test_compact_head_is_the_dense_one_with_one_logit_for_all_unseen(n_vocab):
 @pytest.mark.parametrize("mode", lex.MODES)
 def test_a_distribution_causal_and_invariant(mode):
     """In every mode the probabilities of all next symbols add up to 1 and no later symbol matters; two constructions
-    do not notice by a bit that the symbols were renamed, a standard model does."""
+    do not notice by a bit that the symbols were renamed."""
     model, x = small(mode), texts()
     one = texts(1, 9).expand(7, -1).clone()
     one[:, -1] = torch.arange(7)
@@ -96,7 +95,6 @@ def test_a_distribution_causal_and_invariant(mode):
         assert mode == "canonical" or not torch.equal(loss_of(model, x, 1), loss_of(model, x, 2))
     else:
         losses = model(one, 0.0)[0]
-        assert not torch.allclose(model(PI[x], 0.0)[0], model(x, 0.0)[0])
     assert float((-losses[:, -1].detach()).exp().sum()) == pytest.approx(1, abs=1e-5)
     changed = x.clone()
     changed[:, 12:] = (changed[:, 12:] + 1) % 7
@@ -131,15 +129,12 @@ def test_embedding():
                                                                  "new.bias"}  # no table, no state
 
 
-def test_permutations():
+def test_renamed():
     torch.manual_seed(0)
-    pi = lex.permutations(4000, 5, 1.0)
-    counts = torch.unique(pi, dim=0, return_counts=True)[1].double()
+    counts = torch.unique(lex.renamed(4000, 5, 1.0), dim=0, return_counts=True)[1].double()
     assert len(counts) == 120 and ((counts - 4000 / 120) ** 2 / (4000 / 120)).sum() < 119 + 4 * math.sqrt(2 * 119)
-    some = lex.permutations(4000, 9, torch.tensor([0.0, 0.5]).repeat(2000)[:, None])
-    assert (some.sort(1).values == torch.arange(9)).all() and (some[::2] == torch.arange(9)).all()
-    stay = [math.comb(8, k) / 2**8 / (k + 1) for k in range(9)]  # chosen with k others: stays in 1 of k + 1 cases
-    assert float((some[1::2] != torch.arange(9)).double().mean()) == pytest.approx(0.5 * (1 - sum(stay)), abs=0.02)
+    moved = lex.renamed(4000, 9, torch.tensor([0.0, 0.2]).repeat(2000)[:, None]) != torch.arange(9)
+    assert not moved[::2].any() and float(moved[1::2].double().mean()) == pytest.approx(0.2 * 8 / 9, abs=0.02)
 
 
 @pytest.mark.parametrize("paper", [False, True])
@@ -160,8 +155,9 @@ def test_attention_by_loops(paper):
     for h, t in itertools.product(range(2), range(6)):
         part = slice(4 * h, 4 * h + 4)
         a, b = q[t, part], k[: t + 1, part]
-        z = (a / a.norm() * attention.scale[h, 0, 0]) @ (b / b.norm(dim=1, keepdim=True)).T if paper else a @ b.T / 2
-        z = z + attention.bias.weight[buckets[t, : t + 1], h]
+        if paper:
+            a, b = attention.scale[h, 0, 0] * a / a.norm(), b / b.norm(dim=1, keepdim=True)
+        z = a @ b.T / 2 + attention.bias.weight[buckets[t, : t + 1], h]
         want[t, part] = z.softmax(0) @ v[: t + 1, part]
     torch.testing.assert_close(attention(x, buckets)[0], want @ attention.out.weight.T, rtol=1e-4, atol=1e-5)
     far = lex.relative_buckets(torch.arange(200))
@@ -202,11 +198,11 @@ def test_the_papers_rate():
     assert 0.01 * lex.rate(100_000, 250_000, True) == pytest.approx(0.00689, abs=1e-5)
     assert 0.01 * lex.rate(249_999, 250_000, True) == pytest.approx(0.001, abs=1e-6)
     model = small("gaussian", paper=True)
-    opt, x, p = lex.optimizer(model, 0.01), texts(), model.layers[0].up.weight
-    list(lex.update(model, opt, lambda step: (x, None), 1, 0, quiet=True))
-    opt.state[p]["step"].fill_(100_000)
+    opts, x, p = lex.optimizers(model, 0.01), texts(), model.layers[0].up.weight
+    list(lex.update(model, opts, lambda step: (x, None), 1, 0, quiet=True))
+    opts[0].state[p]["step"].fill_(100_000)
     old = p.detach().clone()
-    next(lex.update(model, opt, lambda step: (x, None), 250_000, 0, 100_000))
+    next(lex.update(model, opts, lambda step: (x, None), 250_000, 0, 100_000))
     moved = float((p.detach() - old).norm() / old.norm())  # a step is rate × size of the parameter × at most 1
     assert 0.0045 < moved <= 0.0070
 
@@ -214,14 +210,10 @@ def test_the_papers_rate():
 # ==================================================================================== the claims
 
 
-def test_lookup_is_learnt_by_reading_not_by_heart():
-    """Both see all symbols. The code before had 0.12 for gaussian rows after 2,500 steps."""
-    make, random = partial(lex.lookup_batch, pairs=4, queries=12), {}
-    for mode, steps in (("gaussian", 240), ("standard", 120)):
-        as_trained, right = lex.symbol_task(make, mode, steps, 0, True, n_vocab=32)
-        random[mode] = right.mean()
-        assert as_trained.mean() > 0.75
-    assert random["gaussian"] > 0.75 and random["standard"] < 0.5
+def test_lookup_is_learnt_by_reading():
+    """In 150 steps (230 in the default run: 0.95). The code before had 0.12 after 2,500."""
+    _, right = lex.symbol_task(lex.lookup_batch, "gaussian", 150, 0, True)
+    assert right.mean() > 0.5
 
 
 def test_the_tasks_are_solvable():
@@ -230,7 +222,7 @@ def test_the_tasks_are_solvable():
         x, answers = lex.lookup_batch(50, 33, values, rng)
         for row in x.tolist():
             table = {row[4 * i]: row[4 * i + 2] for i in range(8)}
-            assert all(row[t + 1] == table[row[t - 1]] and row[t] == 0 for t in answers) and len(answers) == 24
+            assert [row[t + 1] for t in answers] == [table[row[4 * i]] for i in range(8, 32)]
             assert values is None or all(value == fixed[key] for key, value in table.items())
     x, answers = lex.permutation_batch(50, 33, None, rng)
     for row in x.tolist():
@@ -278,15 +270,16 @@ def test_demo(tool, monkeypatch):
 def test_the_path_of_a_gpu(mode, paper):
     """A step in bfloat16 autocast lowers the loss about as float32's does (the old trunk died here)."""
     model, x = small(mode, paper=paper), texts(8, 30)
-    opt, losses = lex.optimizer(model, 4e-3), []
+    opts, losses = lex.optimizers(model, 4e-3), []
     for step in range(30):
         torch.manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(x, 0.0)[0]
         assert loss.dtype == torch.float32
         loss.mean().backward()
-        opt.step()
-        opt.zero_grad()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
         losses.append(float(loss.detach().mean()))
     assert losses[-1] < losses[0] - 0.1
 
@@ -337,48 +330,38 @@ def test_a_cipher_is_read_when_the_model_can():
     """With hidden states that tell the plain symbol, the reading is right; a symbol past the first seq is a gap."""
     model = small("canonical", 5)
     key = torch.tensor([4, 2, 0, 1, 3])
-    probe = lambda hidden: hidden
     cipher = texts(1, 30, 4)[0]
     lex_read, lex.read = lex.read, lambda model, x, *_: [None, F.one_hot(key[x[:, :-1]], 5).float() * 9]
     try:
-        got = lex.read_cipher(model, probe, torch.cat([cipher, torch.tensor([4])]), 30)
+        got = lex.read_cipher(model, lambda hidden: hidden, torch.cat([cipher, torch.tensor([4])]), 30)
     finally:
         lex.read = lex_read
     assert torch.equal(got[:-1], key[cipher]) and got[-1] == -1
 
 
 def test_what_text_is_read(tool):
-    assert lex.to_ids("The  Quick,brown\nfox!", "az27").tolist() == [20, 8, 5, 0, 17, 21, 9, 3, 11, 0, 2, 18, 15, 23, 14,
-                                                                   0, 6, 15, 24, 0]
+    assert "".join(lex.LETTERS[i] for i in lex.to_ids("The  Quick,brown\nfox!", "az27")) == "the quick brown fox "
     assert lex.to_ids("aé~", "ascii").tolist() == [97, 126]
     Path("cafe.txt").write_text("naïve café " * 100, "utf-8-sig")
     ids, val, note = lex.load_text("cafe.txt", "ascii", 20)
     assert "1,100 characters, read as 900" in note and len(ids) + len(val) == 900  # two in eleven are left out, and said
-    a, b = lex.windows(np.arange(99), 4, 20, 0, 1, 7), lex.windows(np.arange(99), 4, 20, 0, 1, 8)
-    assert torch.equal(a, lex.windows(np.arange(99), 4, 20, 0, 1, 7)) and not torch.equal(a, b)
-    assert a.shape == (4, 21) and (a.diff(dim=1) == 1).all()
 
 
 @pytest.mark.parametrize("words, said", [
-    (["nonsense"], "invalid choice"),
-    (["bayes", "--d_model", "66"], "--d_model"),
-    (["lookup", "--seeds", "0"], "--seeds 0"),
+    (["lookup", "--d_model", "66"], "--d_model"),
     (["train", "--lr", "-1"], "--lr -1"),
     (["train", "--data", "nowhere.txt"], "nowhere.txt"),
-    (["train", "--data", "."], "directory"),
     (["train", "--data", "image.png"], "image.png is not UTF-8"),
     (["train", "--data", "wide.txt"], "zero bytes"),
     (["train", "--data", "short.txt"], "too little"),
     (["train", "--p", "0.2"], "--mode permute"),
     (["train", "--device", "abacus"], "abacus"),
-    (["train", "--resume"], "checkpoint.pt"),
     (["train", "--resume", "--out", "other"], "another run"),
     (["decipher"], "lexinvariant.py train"),
     (["decipher", "--model", "foreign.pt"], "foreign.pt"),
-    (["decipher", "--model", "image.png"], "image.png"),
     (["decipher", "--model", "standard.pt"], "by name"),
     (["decipher", "--model", "other/checkpoint.pt", "--text", "too short"], "9 characters"),
-    (["decipher", "--model", "other/checkpoint.pt", "--text", "".join(map(chr, range(40, 80)))], "40 different"),
+    (["decipher", "--model", "other/checkpoint.pt", "--text", "".join(map(chr, range(40, 80)))], "40 d"),
 ])
 def test_mistakes_end_in_one_line(words, said, capsys, monkeypatch):
     Path("image.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
@@ -386,7 +369,7 @@ def test_mistakes_end_in_one_line(words, said, capsys, monkeypatch):
     Path("short.txt").write_text("too short")
     torch.save(dict(model={}, optimizer={}, step=3), "foreign.pt")
     Path("other").mkdir()
-    state = dict(settings=dict(data="short.txt", alphabet="az27", seq=192), model={}, optimizer={}, step=1)
+    state = dict(settings=dict(data="short.txt", alphabet="az27", seq=192), model={}, optimizers=[], step=1)
     for name, mode in (("other/checkpoint.pt", "gaussian"), ("standard.pt", "standard")):
         torch.save(dict(state, config=dict(n_vocab=27, mode=mode, p=1.0)), name)
     if "--resume" in words:
