@@ -344,7 +344,7 @@ def test_what_text_is_read(tool):
     assert lex.to_ids("aé~", "ascii").tolist() == [97, 126]
     Path("cafe.txt").write_text("naïve café " * 100, "utf-8-sig")
     ids, val, note = lex.load_text("cafe.txt", "ascii", 20)
-    assert "1,100 characters, read as 900" in note and len(ids) + len(val) == 900  # two in eleven are left out, and said
+    assert "1,100 characters, read as 900" in note and len(ids) + len(val) == 900
 
 
 @pytest.mark.parametrize("words, said", [
