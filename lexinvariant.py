@@ -56,10 +56,10 @@ dropout), Adafactor (no momentum; its memory of squares stops growing at step 10
 ours.
 
 Try:
-    in symbol_task, train on the answers only         gaussian LookUp stays at 0.06, a guess among the symbols seen: with
-                                                      the compact head the separators are what teaches it to copy
-    in optimizers, AdamW for all                      gaussian LookUp 0.95, but the standard model has not learnt its map
-    python lexinvariant.py bayes --mode gaussian      the gap of 0.16 nats; in permute mode 0.04
+    in symbol_task, train on the answers only        gaussian LookUp stays at 0.06, a guess among the symbols seen: with
+                                                     the compact head the separators are what teaches it to copy
+    in optimizers, AdamW for all                     gaussian LookUp 0.95, but the standard model has not learnt its map
+    python lexinvariant.py bayes --mode gaussian     the gap of 0.16 nats; in permute mode 0.04
 """
 
 import argparse

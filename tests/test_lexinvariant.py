@@ -291,8 +291,8 @@ def test_kill_resume_and_ranks(tool, monkeypatch):
     flags = ["train", "--data", "book.txt", "--device", "cpu", "--steps", "7", "--quiet"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     two = subprocess.Popen([*launch, str(HOUSE / "lexinvariant.py"), *flags, "--out", "two"], stderr=subprocess.PIPE)
-    text, found = tool(*flags, "--out", "one")
-    assert len(found["curves"]["gaussian"]) == 192 and text.split()[-1] == "one/checkpoint.pt"
+    text, _ = tool(*flags, "--out", "one")
+    assert text.split()[-1] == "one/checkpoint.pt"
 
     def killed(a, b, calls=[]):  # noqa: B006
         calls.append(a)
@@ -349,7 +349,6 @@ def test_what_text_is_read(tool):
 
 @pytest.mark.parametrize("words, said", [
     (["lookup", "--d_model", "66"], "--d_model"),
-    (["train", "--lr", "-1"], "--lr -1"),
     (["train", "--data", "nowhere.txt"], "nowhere.txt"),
     (["train", "--data", "image.png"], "image.png is not UTF-8"),
     (["train", "--data", "wide.txt"], "zero bytes"),
