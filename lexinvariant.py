@@ -48,8 +48,8 @@ What we measured (one core of an AMD EPYC shared with others, torch 2.13.0, seed
 What did not hold at this scale. A cipher of English is not read: after `train --mode canonical --steps 400` (2.269
 nats at 128 to 192) `decipher --steps 150` reads 0.233 of the characters there, where always the space would be 0.171;
 key precision 0.094. It says so beside a reading. Gaussian rows read a chain of 4 symbols less
-well than canonical ranks: up to 0.16 nats from p′, 0.74 of the symbols read right. LookUp's training has one fixed map on purpose, which rewards
-knowing it by heart. Settings were chosen on seeds 0 and 1 of these tasks.
+well than canonical ranks: up to 0.16 nats from p′, 0.74 of the symbols read right. LookUp's training has one fixed map
+on purpose, which rewards knowing it by heart. Settings were chosen on seeds 0 and 1 of these tasks.
 
 GPU: not measured; `--preset gpu` and `--preset paper` have run on a CPU only, in tests of their parts.
 
