@@ -1,8 +1,5 @@
-"""lexinvariant.py: invariances to the bit where they are exact, independent routes to every loss, the tool as a user runs it."""
+"""lexinvariant.py: invariance to the bit, independent routes to every loss, LookUp learnt in seconds, the tool."""
 
-import argparse
-import contextlib
-import io
 import itertools
 import json
 import math
@@ -17,422 +14,367 @@ import torch
 import torch.nn.functional as F
 
 import lexinvariant as lex
+from lexinvariant import LexinvariantEmbedding, LexinvariantLM
 
 HOUSE = Path(__file__).parent.parent
+PI = torch.tensor([3, 0, 6, 1, 2, 5, 4])
 
 
-def small(mode, n_vocab=7, seed=0, **more):
-    """A model whose read-out is not zero any more."""
-    torch.manual_seed(seed)
-    model = lex.LexinvariantLM(n_vocab, mode, d_model=16, n_layer=2, n_head=2, d_ff=32, **more)
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small(mode, n_vocab=7, **more):
+    """A model in which nothing is zero any more."""
+    torch.manual_seed(0)
+    model = LexinvariantLM(n_vocab, mode, d_model=16, d_ff=32, **more).eval()
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.3)
     return model
 
 
-def texts(n=5, length=20, n_vocab=7, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(n_vocab, size=(n, length)))
+def texts(n=5, length=20, n_vocab=7):
+    return torch.from_numpy(np.random.default_rng(0).integers(n_vocab, size=(n, length)))
 
 
-# ---------------------------------------------------------------------------------------------- the mathematics
+def loss_of(model, x, seed=1, **more):
+    torch.manual_seed(seed)
+    return model(x, **more)[0]
 
 
-def test_philox_known_answers():
-    """Random123's published vectors."""
-    for counter, key, words in [((0, 0, 0, 0), 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-                                ((2**32 - 1,) * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd")]:
-        got = lex.philox(*(torch.tensor(c) for c in counter), key)
-        assert [f"{int(x):08x}" for x in got] == words.split()
-
-
-def test_random_rows_belong_to_seed_sample_and_token():
-    tokens, samples = torch.tensor([[3, 5, 3], [5, 3, 3]]), torch.tensor([11, 2**33 + 11])
-    rows = lex.random_rows(tokens, samples, 4, 64)
-    assert torch.equal(rows[0, 0], rows[0, 2]) and not torch.equal(rows[0, 0], rows[0, 1]) and not torch.equal(rows[0, 0], rows[1, 1])
-    alone = lex.random_rows(torch.tensor([[3]]), samples[1:], 4, 64)
-    assert torch.equal(alone[0, 0], rows[1, 2]) and not torch.equal(alone, lex.random_rows(torch.tensor([[3]]), samples[1:], 5, 64))
-    many = lex.random_rows(torch.arange(500).expand(40, -1), torch.arange(40), 0, 64).double()
-    n = many.numel()
-    assert abs(many.mean()) < 4 / math.sqrt(n) and abs(many.var() - 1) < 4 * math.sqrt(2 / n)
-    assert abs((many**4).mean() - 3) < 4 * math.sqrt(96 / n)
-    for a, b in ((many[1:], many[:-1]), (many[:, 1:], many[:, :-1]), (many[..., 1:], many[..., :-1])):  # samples, tokens, dimensions
-        assert abs((a * b).mean()) < 4 / math.sqrt(a.numel())
-
-
-def test_permutations():
-    samples = torch.arange(4000)
-    pi = lex.permutations(samples, 5, 0)
-    assert (pi.sort(1).values == torch.arange(5)).all()
-    counts = torch.bincount((pi * 5 ** torch.arange(5)).sum(1)).float()
-    counts = counts[counts > 0]
-    assert len(counts) == 120 and ((counts - 4000 / 120) ** 2 / (4000 / 120)).sum() < 119 + 4 * math.sqrt(2 * 119)  # χ²
-    assert torch.equal(lex.permutations(samples[7:9], 5, 0), pi[7:9]) and not torch.equal(lex.permutations(samples, 5, 1), pi)
-    few = lex.permutations(samples, 9, 0, torch.full((4000,), 3))
-    moved = few != torch.arange(9)
-    assert (few.sort(1).values == torch.arange(9)).all() and moved.sum(1).max() == 3
-    assert abs(moved.double().mean() - 3 / 9 * 2 / 3) < 0.01  # 3 of 9 chosen, of those 2 in 3 move on average
-    assert torch.equal(lex.permutations(samples, 9, 0, torch.zeros(4000, dtype=torch.int64)), torch.arange(9).expand(4000, -1))
+# ==================================================================================== the mathematics
 
 
 def test_pointers_by_hand():
-    x = torch.tensor([[4, 2, 4, 4, 7, 2]])
-    first, target, n_seen = lex.pointers(x)
-    assert first.tolist() == [[0, 1, 0, 0, 4]] and target.tolist() == [[-1, 0, 0, -1, 1]] and n_seen.tolist() == [[1, 2, 2, 2, 3]]
-    random = texts(20, 30)
-    want = [[row.index(v) for v in row] for row in random.tolist()]
-    assert lex.first_occurrences(random).tolist() == want
-
-
-def by_hand(query, rows, symbols, new, n_vocab):
-    """Loss of the compact head with Python loops."""
-    loss = torch.empty(new.shape, dtype=torch.float64)
-    for b, t in itertools.product(range(new.shape[0]), range(new.shape[1])):
-        seen = {}
-        for s in range(t + 1):
-            seen.setdefault(int(symbols[b, s]), float(query[b, t] @ rows[b, s]) / math.sqrt(query.shape[2]))
-        left, y = n_vocab - len(seen), int(symbols[b, t + 1])
-        z = sum(math.exp(v) for v in seen.values()) + (math.exp(float(new[b, t])) if left else 0)
-        loss[b, t] = math.log(z) - (seen[y] if y in seen else float(new[b, t]) - math.log(left))
-    return loss
+    first, target, n_seen = lex.pointers(torch.tensor([[4, 2, 4, 4, 7, 2]]))
+    assert first.tolist() == [[0, 1, 0, 0, 4]] and target.tolist() == [[-1, 0, 0, -1, 1]]
+    assert n_seen.tolist() == [[1, 2, 2, 2, 3]]
+    assert lex.first_occurrences(texts(20, 30)).tolist() == [[row.index(v) for v in row] for row in
+                                                             texts(20, 30).tolist()]
 
 
 @pytest.mark.parametrize("n_vocab", [2, 4, 50])
-def test_compact_head_by_hand(n_vocab):
+def test_compact_head_is_the_dense_one_with_one_logit_for_all_unseen(n_vocab):
     torch.manual_seed(n_vocab)
-    symbols = texts(3, 13, n_vocab)
-    query, table, new = torch.randn(3, 12, 8).double(), torch.randn(3, n_vocab, 8).double(), torch.randn(3, 12).double()
-    rows = table.gather(1, symbols[:, :-1, None].expand(-1, -1, 8))
-    got = lex.pointer_cross_entropy(query, rows, *lex.pointers(symbols)[:2], new, lex.pointers(symbols)[2], n_vocab)
-    torch.testing.assert_close(got, by_hand(query, rows, symbols, new, n_vocab), rtol=0, atol=1e-12)
-
-
-def test_compact_head_gradients():
-    symbols = texts(2, 7, 3)
-    first, target, n_seen = lex.pointers(symbols)
-    query, rows, new = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 6, 4), (2, 6, 4), (2, 6)))
-    assert torch.autograd.gradcheck(lambda q, r, n: lex.pointer_cross_entropy(q, r, first, target, n, n_seen, 3), (query, rows, new))
-
-
-@pytest.mark.parametrize("mode, head", [("gaussian", "compact"), ("gaussian", "dense"), ("canonical", "compact"), ("permute", "dense"),
-                                        ("standard", "dense")])
-def test_log_probs_are_a_distribution_and_agree_with_the_loss(mode, head):
-    model, x, samples = small(mode, head=head), texts(), torch.arange(5)
-    loss, hidden, symbols = model(x, samples)
-    log_p = model.embedding.log_probs(hidden, symbols, samples)
-    torch.testing.assert_close(log_p.exp().sum(2), torch.ones(5, 19))
-    torch.testing.assert_close(-log_p.gather(2, symbols[:, 1:, None]).squeeze(2), loss)
-
-
-def test_compact_is_dense_with_one_logit_for_all_unseen():
-    model, x, samples = small("gaussian"), texts(), torch.arange(5)
-    _, hidden, symbols = model(x, samples)
-    dense = model.embedding.logits(hidden, samples)
-    first, _, n_seen = lex.pointers(symbols)
-    seen = F.one_hot(symbols[:, :-1], 7).cumsum(1) > 0  # (batch, seq, vocabulary)
-    shared = model.embedding.new(hidden) - (7 - n_seen).clamp_min(1)[..., None].log()
-    dense = torch.where(seen, dense, shared)
-    want = F.cross_entropy(dense.transpose(1, 2), x[:, 1:], reduction="none")
-    torch.testing.assert_close(model.embedding.loss(hidden, symbols, samples), want, rtol=0, atol=1e-6)
-
-
-def test_canonical_is_invariant_to_the_bit():
-    model, x, samples = small("canonical"), texts(), torch.arange(5)
-    loss = model(x, samples)[0]
-    for seed in range(5):
-        pi = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(model(pi[x], samples + seed)[0], loss)
-    ranks = model.embedding.relabel(torch.tensor([[5, 1, 3, 1, 3, 1]]), samples[:1])
-    assert ranks.tolist() == [[0, 1, 2, 1, 2, 1]]  # banana
-
-
-def test_gaussian_is_invariant_when_rows_move_with_ids(monkeypatch):
-    for head in ("compact", "dense"):
-        model, x, samples = small("gaussian", head=head), texts(), torch.arange(5)
-        loss, pi, rows = model(x, samples)[0], torch.tensor([3, 0, 6, 1, 2, 5, 4]), lex.random_rows
-        monkeypatch.setattr(lex, "random_rows", lambda tokens, *rest, rows=rows, pi=pi: rows(torch.argsort(pi)[tokens], *rest))
-        torch.testing.assert_close(model(pi[x], samples)[0], loss, rtol=0, atol=1e-6)
-        monkeypatch.undo()
-
-
-def test_permute_is_invariant_when_permutations_move_with_ids(monkeypatch):
-    model, x, samples = small("permute"), texts(), torch.arange(5)
-    loss, sigma, draw = model(x, samples)[0], torch.tensor([3, 0, 6, 1, 2, 5, 4]), lex.permutations
-    monkeypatch.setattr(lex, "permutations", lambda *arguments: draw(*arguments)[:, torch.argsort(sigma)])
-    torch.testing.assert_close(model(sigma[x], samples)[0], loss, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("mode", ["gaussian", "permute"])
-def test_marginal_invariance(mode):
-    """The mean of p over 2,000 draws is the same for two namings of a text, within 4 standard errors."""
-    model, x = small(mode), torch.tensor([[0, 1, 0, 2, 1, 0]])
-    p = [(-model(y.expand(2000, -1), start + torch.arange(2000))[0].sum(1)).exp().detach()
-         for y, start in ((x, 0), (torch.tensor([6, 3, 5])[x], 10_000))]
-    error = math.sqrt(sum(float(q.var()) for q in p) / 2000)
-    assert abs(float(p[0].mean() - p[1].mean())) < 4 * error and error < 0.2 * float(p[0].mean())
+    x, query, new = texts(3, 13, n_vocab), torch.randn(3, 12, 8).double(), torch.randn(3, 12).double()
+    table = torch.randn(3, n_vocab, 8).double()
+    rows = table.gather(1, x[:, :-1, None].expand(-1, -1, 8))
+    dense = query @ table.mT / math.sqrt(8)
+    for b, t in itertools.product(range(3), range(12)):
+        seen = set(x[b, : t + 1].tolist())
+        for v in set(range(n_vocab)) - seen:
+            dense[b, t, v] = new[b, t] - math.log(n_vocab - len(seen))
+    want = F.cross_entropy(dense.mT, x[:, 1:], reduction="none")
+    first, target, n_seen = lex.pointers(x)
+    got = lex.pointer_cross_entropy(query, rows, first, target, new, n_seen, n_vocab)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", lex.MODES)
-def test_causality(mode):
-    model, x, samples = small(mode), texts(), torch.arange(5)
-    loss, changed = model(x, samples)[0], x.clone()
+def test_a_distribution_causal_and_invariant(mode):
+    """In every mode the probabilities of all next symbols add up to 1 and no later symbol matters; two constructions
+    do not notice by a bit that the symbols were renamed."""
+    model, x = small(mode), texts()
+    one = texts(1, 9).expand(7, -1).clone()
+    one[:, -1] = torch.arange(7)
+    if mode in ("gaussian", "canonical"):
+        torch.manual_seed(1)
+        row = torch.randn(1, 8, 16)
+        draw, lex.torch.randn = lex.torch.randn, lambda *shape, **more: row.expand(7, -1, -1)
+        try:
+            losses = model(one)[0]
+        finally:
+            lex.torch.randn = draw
+        assert all(torch.equal(loss_of(model, PI[x], seed), loss_of(model, x, seed)) for seed in range(3))
+        assert mode == "canonical" or not torch.equal(loss_of(model, x, 1), loss_of(model, x, 2))
+    else:
+        losses = model(one, 0.0)[0]
+    assert float((-losses[:, -1].detach()).exp().sum()) == pytest.approx(1, abs=1e-5)
+    changed = x.clone()
     changed[:, 12:] = (changed[:, 12:] + 1) % 7
-    other = model(changed, samples)[0]
-    assert torch.equal(other[:, :11], loss[:, :11]) and not torch.allclose(other[:, 11:], loss[:, 11:])
+    one, other = loss_of(model, x), loss_of(model, changed)
+    assert torch.equal(one[:, :11], other[:, :11]) and not torch.allclose(one[:, 11:], other[:, 11:])
 
 
-def test_semi_lexinvariant_between_the_two():
-    x, samples = texts(), torch.arange(5)
-    standard, none = small("standard"), small("permute", p=0.0)
-    assert torch.equal(none(x, samples)[0], standard(x, samples)[0])
-    every = lex.LexinvariantEmbedding(7, 16, "permute", p=1.0)
-    assert torch.equal(every.relabel(x, samples), lex.permutations(samples, 7, 0).gather(1, x))
-    some = lex.LexinvariantEmbedding(1000, 16, "permute", p=0.2)
-    moved = some.relabel(torch.arange(1000).expand(50, -1), torch.arange(50)) != torch.arange(1000)
-    assert abs(moved.double().mean() - 0.2) < 4 * math.sqrt(0.16 / 50_000) + 1e-3
+@pytest.mark.parametrize("mode", ["gaussian", "permute"])
+def test_invariant_on_average(mode):
+    """The mean of p over 3,000 draws is the same for two namings of a text, within 4 standard errors."""
+    model, x = small(mode), torch.tensor([[0, 1, 0, 2, 1, 0]])
+    p = [(-loss_of(model, y.expand(3000, -1), seed).sum(1)).exp().detach() for y, seed in ((x, 1), (PI[x], 2))]
+    error = math.sqrt(sum(float(q.var()) for q in p) / 3000)
+    assert abs(float(p[0].mean() - p[1].mean())) < 4 * error < 0.5 * float(p[0].mean())
 
 
-def test_no_table_no_state():
-    count = {mode: sum(p.numel() for p in lex.LexinvariantEmbedding(1000, 16, mode).parameters()) for mode in ("standard", "gaussian")}
-    assert count == dict(standard=1000 * 16 + 16 * 16, gaussian=2 * 16 + 16 * 16 + 17)
-    full = lex.LexinvariantLM(128, **{k: v for k, v in lex.PRESETS["paper"].items() if k not in ("seq", "batch", "steps", "lr")})
-    weights = sum(p.numel() for name, p in full.named_parameters() if "layers" in name and "bias" not in name and "norm" not in name)
-    assert weights - 12 * 8 == 12 * (4 * 1024**2 + 2 * 1024 * 4096)  # 151 million, the paper's "150M"; 8 scales a layer
-
-
-def test_first_loss_is_that_of_a_uniform_guess():
-    for mode in ("standard", "permute"):
-        loss = lex.LexinvariantLM(27, mode)(texts(4, 30, 27), torch.arange(4))[0]
-        torch.testing.assert_close(loss, torch.full_like(loss, math.log(27)), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_attention_by_loops(qk_norm):
-    """Smeared keys, bias by distance, the scale of unit queries: written out for every head, query and key."""
+def test_embedding():
     torch.manual_seed(0)
-    attention = lex.RelativeAttention(8, 2, qk_norm, smear=True, matched=True, dropout=0.0)
-    q, k, v = attention.qkv.weight.detach().chunk(3)
-    assert torch.equal(q, k) and torch.equal(attention.out.weight, v.T)
+    x = torch.tensor([[5, 1, 3, 1, 3, 1, 0]])
+    symbols, rows = LexinvariantEmbedding(7, 4, "canonical")(x)
+    assert symbols.tolist() == [[0, 1, 2, 1, 2, 1, 3]]  # banana!
+    gaussian = LexinvariantEmbedding(1000, 256, "gaussian")
+    many = texts(50, 41, 1000)
+    symbols, rows = gaussian(many)
+    same = many[:, :-1, None] == many[:, None, :-1]
+    assert torch.equal(symbols, many) and torch.equal((rows[:, :, None] == rows[:, None]).all(3), same)
+    other = gaussian(many)[1]
+    for a in (rows[:, 0] * rows[:, 1], rows[0] * rows[1], rows * other):  # of symbols, sequences, draws
+        assert abs(float(a.mean())) < 5 / math.sqrt(a.numel() / 2)
+    assert float(rows.var()) == pytest.approx(1, abs=0.02)
+    assert {name for name, _ in gaussian.named_parameters()} == {"scale", "shift", "readout.weight", "new.weight",
+                                                                 "new.bias"}  # no table, no state
+
+
+def test_renamed():
+    torch.manual_seed(0)
+    counts = torch.unique(lex.renamed(4000, 5, 1.0), dim=0, return_counts=True)[1].double()
+    assert len(counts) == 120 and ((counts - 4000 / 120) ** 2 / (4000 / 120)).sum() < 119 + 4 * math.sqrt(2 * 119)
+    moved = lex.renamed(4000, 9, torch.tensor([0.0, 0.2]).repeat(2000)[:, None]) != torch.arange(9)
+    assert not moved[::2].any() and float(moved[1::2].double().mean()) == pytest.approx(0.2 * 8 / 9, abs=0.02)
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_attention_by_loops(paper):
+    torch.manual_seed(0)
+    attention = lex.RelativeAttention(8, 2, paper).eval()
+    x, buckets = torch.randn(1, 6, 8), lex.relative_buckets(torch.arange(6))
+    q, k, v = attention.qkv(x[0]).detach().chunk(3, 1)
     with torch.no_grad():
-        attention.smear.copy_(torch.tensor([-1.0, 2.0]))
         attention.bias.weight.normal_()
-        if qk_norm:
-            attention.scale.copy_(torch.tensor([0.5, 3.0]))
-    x, buckets = torch.randn(1, 6, 8), lex.relative_buckets(6)
+        if paper:
+            attention.scale.copy_(torch.tensor([0.5, 3.0])[:, None, None])
+        else:  # as it starts: equal symbols match, a key is half the one before, what is attended to is copied
+            assert torch.equal(*attention.qkv.weight.chunk(3)[:2])
+            assert torch.equal(attention.out.weight, attention.qkv.weight[16:].T)
+            k = torch.stack([k[0] / 2, *((k[s] + k[s - 1]) / 2 for s in range(1, 6))])
     want = torch.zeros(6, 8)
-    for h in range(2):
-        rows = slice(4 * h, 4 * h + 4)
-        queries, keys, values = (x[0] @ w[rows].T for w in (q, k, v))
-        share = torch.sigmoid(attention.smear[h])
-        keys = torch.stack([keys[0], *((1 - share) * keys[s] + share * keys[s - 1] for s in range(1, 6))])
-        for t in range(6):
-            logits = []
-            for s in range(t + 1):
-                if qk_norm:
-                    dot = attention.scale[h] * (queries[t] / queries[t].norm()) @ (keys[s] / keys[s].norm())
-                else:
-                    dot = queries[t] @ keys[s] / 2  # √4
-                logits.append(dot + attention.bias.weight[buckets[t, s], h])
-            want[t, rows] = torch.stack(logits).softmax(0) @ values[: t + 1]
+    for h, t in itertools.product(range(2), range(6)):
+        part = slice(4 * h, 4 * h + 4)
+        a, b = q[t, part], k[: t + 1, part]
+        if paper:
+            a, b = attention.scale[h, 0, 0] * a / a.norm(), b / b.norm(dim=1, keepdim=True)
+        z = a @ b.T / 2 + attention.bias.weight[buckets[t, : t + 1], h]
+        want[t, part] = z.softmax(0) @ v[: t + 1, part]
     torch.testing.assert_close(attention(x, buckets)[0], want @ attention.out.weight.T, rtol=1e-4, atol=1e-5)
-
-
-def test_t5_buckets():
-    buckets = lex.relative_buckets(200)
-    assert [int(buckets[199, 199 - d]) for d in (0, 1, 15, 16, 32, 64, 90, 113, 128, 199)] == [0, 1, 15, 16, 21, 26, 29, 31, 31, 31]
+    far = lex.relative_buckets(torch.arange(200))
+    want = dict([(0, 0), (1, 1), (15, 15), (16, 16), (32, 21), (64, 26), (90, 29), (113, 31), (128, 31), (199, 31)])
+    assert {d: int(far[199, 199 - d]) for d in want} == want
 
 
 def test_bayes_by_the_definition():
-    """p′(x) = mean over π of p(πx), written out."""
-    rng = np.random.default_rng(0)
-    chain = lex.random_chain(3, rng)
-    x = lex.chain_text(chain, 4, 9, rng)
-    known, best = lex.bayes_losses(chain, x)
-    assert np.allclose(chain.sum(1), 1)
-
-    def p(word):
-        return math.prod([1 / 3] + [chain[a, b] for a, b in zip(word, word[1:])])
-
-    for row, a, b in zip(x, known, best):
+    """p′(x) = mean over π of q(πx), written out; its reading; what it costs."""
+    chain = lex.random_chain(3, np.random.default_rng(0))
+    x = lex.chain_text(chain, 4, 9, np.random.default_rng(1))
+    known, best, reading = lex.bayes_losses(chain, x)
+    q = lambda word: math.prod([1 / 3, *(chain[a, b] for a, b in zip(word, word[1:]))])
+    keys = list(itertools.permutations(range(3)))
+    for row, a, b, plain in zip(x, known, best, reading):
         for t in range(1, 10):
-            mean = np.mean([p([pi[v] for v in row[:t]]) for pi in itertools.permutations(range(3))])
-            assert math.isclose(b[:t].sum(), -math.log(mean), rel_tol=1e-10)
-            assert math.isclose(a[:t].sum(), -math.log(p(row[:t])), rel_tol=1e-10)
-
-
-def test_the_price_is_at_most_ln_d_factorial():
-    paid = lex.regret(argparse.Namespace(seed=3), (3, 4), 200, 20)
-    for d, row in paid.items():
-        assert row["most"] <= math.lgamma(d + 1) + 1e-9 and abs(row["end"] - math.lgamma(d + 1)) < 1e-3
-
-
-def test_chain_text_follows_the_chain():
-    chain = np.array([[0.7, 0.3, 0.0], [0.0, 0.5, 0.5], [0.2, 0.0, 0.8]])
-    x = lex.chain_text(chain, 200, 500, np.random.default_rng(0))
-    counts = np.zeros((3, 3))
-    np.add.at(counts, (x[:, :-1].ravel(), x[:, 1:].ravel()), 1)
-    share = counts / counts.sum(1, keepdims=True)
-    assert abs(share - chain).max() < 4 * math.sqrt(0.25 / counts.sum(1).min()) and (counts[chain == 0] == 0).all()
+            p = [q([key[v] for v in row[:t]]) for key in keys]
+            assert b[:t].sum() == pytest.approx(-math.log(np.mean(p)), rel=1e-10)
+            assert a[:t].sum() == pytest.approx(-math.log(q(row[:t])), rel=1e-10)
+            share = [sum(w for w, key in zip(p, keys) if key[row[t - 1]] == c) for c in range(3)]
+            assert share[plain[t - 1]] == pytest.approx(max(share))
+    for d in (3, 4):
+        chain = lex.random_chain(d, np.random.default_rng(d))
+        known, best, _ = lex.bayes_losses(chain, lex.chain_text(chain, 20, 200, np.random.default_rng(d)))
+        paid = (best - known).cumsum(1)
+        assert paid.max() <= math.lgamma(d + 1) + 1e-9 and paid[:, -1].mean() > math.lgamma(d + 1) - 1e-3
 
 
 def test_key_precision_by_hand():
     cipher, plain = torch.tensor([[0, 0, 0, 1, 1, 2]]), torch.tensor([[5, 5, 5, 3, 3, 4]])
-    guess = torch.tensor([[5, 5, 1, 3, 2, 2]])  # 0: two votes of three for 5, right; 1: 3 and 2 tie, the lower wins, wrong; 2: wrong
-    assert lex.key_precision(cipher, plain, guess, 0, 6).tolist() == pytest.approx([1 / 3])
-    assert lex.key_precision(cipher, plain, guess, 0, 4).tolist() == [1.0]
+    guess = torch.tensor([[5, 5, 1, 3, 2, 2]])  # 0: two of three say 5, right; 1: a tie, the lower, wrong; 2: wrong
+    assert lex.key_precision(cipher, plain, guess).tolist() == pytest.approx([1 / 3])
+    assert lex.key_precision(cipher[:, :4], plain[:, :4], guess[:, :4]).tolist() == [1.0]
 
 
-def test_ids_and_cipher_of_the_paper():
+def test_the_papers_rate():
+    """Old code: at step 100,000 of 250,000 torch's cap made it 0.0032. And the step is as torch's own below its cap."""
+    assert 0.01 * lex.rate(100_000, 250_000, True) == pytest.approx(0.00689, abs=1e-5)
+    assert 0.01 * lex.rate(249_999, 250_000, True) == pytest.approx(0.001, abs=1e-6)
+    model = small("gaussian", paper=True)
+    opts, x, p = lex.optimizers(model, 0.01), texts(), model.layers[0].up.weight
+    list(lex.update(model, opts, lambda step: (x, None), 1, 0, quiet=True))
+    opts[0].state[p]["step"].fill_(100_000)
+    old = p.detach().clone()
+    next(lex.update(model, opts, lambda step: (x, None), 250_000, 0, 100_000))
+    moved = float((p.detach() - old).norm() / old.norm())  # a step is rate × size of the parameter × at most 1
+    assert 0.0045 < moved <= 0.0070
+
+
+# ==================================================================================== the claims
+
+
+def test_lookup_is_learnt_by_reading():
+    """In 150 steps (230 in the default run: 0.95). The code before had 0.12 after 2,500."""
+    _, right = lex.symbol_task(lex.lookup_batch, "gaussian", 150, 0, True)
+    assert right.mean() > 0.5
+
+
+def test_the_tasks_are_solvable():
+    rng, fixed = np.random.default_rng(0), np.arange(33)[::-1]
+    for values in (None, fixed):
+        x, answers = lex.lookup_batch(50, 33, values, rng)
+        for row in x.tolist():
+            table = {row[4 * i]: row[4 * i + 2] for i in range(8)}
+            assert [row[t + 1] for t in answers] == [table[row[4 * i]] for i in range(8, 32)]
+            assert values is None or all(value == fixed[key] for key, value in table.items())
+    x, answers = lex.permutation_batch(50, 33, None, rng)
+    for row in x.tolist():
+        order = [row[:3].index(v) for v in row[4:6]]
+        assert [row[7 * i + j] for i in range(4, 9) for j in order] == [row[t + 1] for t in answers]
+
+
+def test_a_model_comes_near_the_best():
+    """0.1 nats after 120 steps; without reading the context it stays 0.4 above; the probe reads part of the chain."""
+    losses, right = lex.chain_run("canonical", 120, 0, True, d=3, seq=24)
+    (_, best, model), (_, probe) = losses.values(), right.values()
+    assert -0.03 < (model - best)[4:].max() < 0.1 and best[12:].mean() < math.log(3) - 0.3
+    assert probe[12:].mean() > probe[:2].mean() + 0.1
+
+
+# ==================================================================================== the tool
+
+
+@pytest.fixture
+def tool(capsys, tmp_path):
+    """A task in this process → what it prints, its results."""
+    Path("book.txt").write_bytes(b"\xef\xbb\xbf" + b"The quick brown fox jumps over the lazy dog,\r\nand runs! " * 300)
+
+    def call(*words):
+        args = lex.parse_args([*map(str, words), *(["--out", "out"] if "--out" not in words else [])])
+        lex.run(args)
+        return capsys.readouterr().out, json.loads((args.out / "results.json").read_text())
+
+    return call
+
+
+def test_demo(tool, monkeypatch):
+    few = lex.windows, lex.chain_text
+    monkeypatch.setattr(lex, "windows", lambda ids, n, *rest: few[0](ids, min(n, 9), *rest))
+    monkeypatch.setattr(lex, "chain_text", lambda chain, n, *rest: few[1](chain, min(n, 9), *rest))
+    text, found = tool("--data", "book.txt", "--steps", 2, "--quiet")
+    assert text.split()[-1] == "out/demo.png" and Path("out/demo.png").stat().st_size > 30_000 and "nan" not in text
+    assert set(found["english"]) == {"none permuted", "a quarter permuted", "all permuted", "gaussian"}
+    assert abs(np.mean(found["english"]["all permuted"]) - math.log(27)) < 0.2
+    for words in (["bayes", "--steps", 1], ["lookup", "--steps", 1, "--seeds", 1, "--task", "permutation"]):
+        assert "undefined" not in tool(*words, "--quiet")[0]
+
+
+@pytest.mark.parametrize("mode, paper", [*((mode, False) for mode in lex.MODES), ("gaussian", True)])
+def test_the_path_of_a_gpu(mode, paper):
+    """A step in bfloat16 autocast lowers the loss about as float32's does (the old trunk died here)."""
+    model, x = small(mode, paper=paper), texts(8, 30)
+    opts, losses = lex.optimizers(model, 4e-3), []
+    for step in range(30):
+        torch.manual_seed(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, 0.0)[0]
+        assert loss.dtype == torch.float32
+        loss.mean().backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        losses.append(float(loss.detach().mean()))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_kill_resume_and_ranks(tool, monkeypatch):
+    """Killed while it saves, a run goes on to the bit; two gloo ranks at default flags train the same model."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setitem(lex.PRESETS["cpu"][1], "save_every", 2)
+    flags = ["train", "--data", "book.txt", "--device", "cpu", "--steps", "7", "--quiet"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = subprocess.Popen([*launch, str(HOUSE / "lexinvariant.py"), *flags, "--out", "two"], stderr=subprocess.PIPE)
+    text, _ = tool(*flags, "--out", "one")
+    assert text.split()[-1] == "one/checkpoint.pt"
+
+    def killed(a, b, calls=[]):  # noqa: B006
+        calls.append(a)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        replace(a, b)
+
+    replace = os.replace
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(os, "replace", killed)
+        tool(*flags, "--out", "broken")
+    assert stop.value.code == 130 and lex.load_checkpoint("broken/checkpoint.pt")["step"] == 4
+    tool(*flags, "--out", "broken", "--resume")
+    assert two.wait() == 0, two.stderr.read().decode()
+    one, broken, two = (lex.load_checkpoint(f"{name}/checkpoint.pt")["model"] for name in ("one", "broken", "two"))
+    assert all(torch.equal(one[name], broken[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode, alphabet", [("gaussian", "az27"), ("canonical", "ascii"), ("permute", "az27")])
+def test_decipher(tool, mode, alphabet):
+    """Every construction and both alphabets; every different character of a cipher counts, none is dropped."""
+    tool("train", "--data", "book.txt", "--mode", mode, "--alphabet", alphabet, "--steps", 2, "--seq", 24, "--quiet")
+    cipher = "7 ?x*Q q1k9? ?x* 7Q\r\nq1 9?" * 2
+    Path("cipher.txt").write_text(cipher)
+    text, found = tool("decipher", "--model", "out/checkpoint.pt", "--steps", 2, "--text", "cipher.txt")
+    read = " ".join(cipher.split())
+    assert len(found["reading"]) == len(read) and f"cipher   {read}\n" in text and "take it for noise" in text
+    pairs = {(a, b) for a, b in zip(read, found["reading"])}
+    assert len(pairs) == len(set(read)) and 0 <= found["confidence"] < 0.5 and 0 <= found["precision"] <= 1
+
+
+def test_a_cipher_is_read_when_the_model_can():
+    """With hidden states that tell the plain symbol, the reading is right; a symbol past the first seq is a gap."""
+    model = small("canonical", 5)
+    key = torch.tensor([4, 2, 0, 1, 3])
+    cipher = texts(1, 30, 4)[0]
+    lex_read, lex.read = lex.read, lambda model, x, *_: [None, F.one_hot(key[x[:, :-1]], 5).float() * 9]
+    try:
+        got = lex.read_cipher(model, lambda hidden: hidden, torch.cat([cipher, torch.tensor([4])]), 30)
+    finally:
+        lex.read = lex_read
+    assert torch.equal(got[:-1], key[cipher]) and got[-1] == -1
+
+
+def test_what_text_is_read(tool):
     assert "".join(lex.LETTERS[i] for i in lex.to_ids("The  Quick,brown\nfox!", "az27")) == "the quick brown fox "
     assert lex.to_ids("aé~", "ascii").tolist() == [97, 126]
+    Path("cafe.txt").write_text("naïve café " * 100, "utf-8-sig")
+    ids, val, note = lex.load_text("cafe.txt", "ascii", 20)
+    assert "1,100 characters, read as 900" in note and len(ids) + len(val) == 900
 
 
-def test_characters_beyond_ascii_are_counted(tmp_path, capsys):
-    (tmp_path / "t.txt").write_text("na\u00efve caf\u00e9 " * 100)
-    train, val, n_vocab = lex.load_symbols(str(tmp_path / "t.txt"), "ascii", 20)
-    assert n_vocab == 128 and len(train) + len(val) == 900 and "200 characters beyond ASCII" in capsys.readouterr().err
-
-
-def test_windows_depend_on_the_counter_alone():
-    ids = np.arange(1000)
-    a = lex.windows(ids, 4, 20, 0, 1, 7)
-    assert torch.equal(a, lex.windows(ids, 4, 20, 0, 1, 7)) and not torch.equal(a, lex.windows(ids, 4, 20, 0, 1, 8))
-    assert a.shape == (4, 21) and (a.diff(dim=1) == 1).all()
-
-
-def test_curriculum_grows_to_all():
-    samples = torch.arange(5000)
-    half = lex.curriculum(0.3, 26, samples, 0)
-    assert half.max() == 13 and half.min() == 0 and abs((half == 13).double().mean() - (0.6 + 0.4 / 14)) < 0.03
-    assert (lex.curriculum(0.0, 26, samples, 0) == 0).all() and (lex.curriculum(0.7, 26, samples, 0) == 26).double().mean() > 0.55
-
-
-def test_lookup_and_permutation_are_solvable():
-    rng = np.random.default_rng(0)
-    x, answers, scored = lex.lookup_batch(50, np.arange(2, 33), rng)
-    for row in x:
-        table = {row[4 * i]: row[4 * i + 2] for i in range(8)}
-        assert all(row[t + 1] == table[row[t - 1]] and row[t] == 0 for t in answers) and scored == answers[:1] == [33]
-    x, answers, scored = lex.permutation_batch(50, np.arange(2, 33), rng)
-    for row in x:
-        order = [list(row[:3]).index(v) for v in row[4:6]]
-        assert [row[-3 - 3 + i] for i in order] == [row[t + 1] for t in scored] and len(answers) == 8
-
-
-# ---------------------------------------------------------------------------------------------- the claims
-
-
-def test_a_model_comes_near_the_bayes_optimum():
-    """0.1 nats after 400 steps; a model that does not read its context stays at ln 3, 0.4 above."""
-    torch.set_num_threads(1)
-    found = lex.chain_run(argparse.Namespace(seed=0, mode=None, steps=400, lr=None, quiet=True, task="t"), torch.device("cpu"), d=3, seq=24)
-    torch.set_num_threads(2)
-    assert found["largest_gap"] < 0.1 and min(found["gap"]) > -0.03  # nobody beats the optimum but by sampling noise
-    assert np.mean(found["best"][12:]) < math.log(3) - 0.3
-
-
-def test_the_solver_reads_256_characters():
-    train, val, _ = lex.load_symbols("prose", "az27", 100)
-    table, rng = lex.ngram_table(train), np.random.default_rng(0)
-    right = []
-    for start in range(1000, 9000, 1000):
-        pi, plain = rng.permutation(27), val[start : start + 256]
-        key = lex.solve_cipher(pi[plain], table, np.bincount(train, minlength=27), rng)
-        assert sorted(key) == list(range(27))
-        right.append((key[pi[plain]] == plain).mean())
-    assert np.mean(right) >= 0.9
-
-
-# ---------------------------------------------------------------------------------------------- the tool
-
-
-def tool(tmp_path, *arguments):
-    """A task, in this process → what it prints, and its results.json."""
-    args = lex.parse_args([str(x) for x in (*arguments, "--quiet", "--device", "cpu", "--out", tmp_path)])
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        lex.TASKS[args.task](args)
-    torch.set_num_threads(2)
-    return text.getvalue(), json.loads((tmp_path / "results.json").read_text())
-
-
-def run(*command, cwd=HOUSE, **env):
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "book.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog and runs away from thirteen bears " * 300)
-    return path
-
-
-def test_demo(book, tmp_path):
-    done = run("lexinvariant.py", "--data", book, "--steps", 8, "--seq", 64, "--quiet", "--out", tmp_path, "--probe_steps", 5)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "results.json").read_text())
-    assert set(figures["english"]["curves"]) >= {"none permuted", "6 permuted", "all permuted"}
-    assert figures["decipher"]["solver"]["256"] > 0.5
-    assert abs(figures["english"]["curves"]["all permuted"]["0-8"] - math.log(27)) < 0.3 and figures["bayes_gap"]["steps"] == 8
-    assert done.stdout.split()[-1].endswith("demo.png") and Path(done.stdout.split()[-1]).stat().st_size > 30_000
-
-
-def test_train_then_use_the_model(book, tmp_path):
-    _, first = tool(tmp_path, "train", "--data", book, "--steps", 20, "--seq", 32)
-    model = tmp_path / "model.pt"
-    text, again = tool(tmp_path / "c", "curve", "--model", model, "--data", book)
-    assert "perplexity over 8 symbols" in text and math.isfinite(first["loss"]["all permuted"])
-    assert len(again["all permuted"]["perplexity"]) == 25
-    text, _ = tool(tmp_path / "p", "posterior", "--model", model, "--data", book, "--text", "the zox and the zear", "--symbol", "z",
-                   "--probe_steps", 3)
-    assert text.count("occurrence") == 2
-    text, _ = tool(tmp_path / "d", "decipher", "--model", model, "--data", book, "--probe_steps", 3, "--text",
-                   "wkh txlfn eurzq ira mxpsv ryhu wkh odcb grj dqg uxqv dzdb iurp wkluwhhq ehduv")
-    assert "the solver: the quick brown fox" in text
-
-
-@pytest.mark.parametrize("arguments", [["theorem"], ["bayes_gap", "--steps", 3], ["semi", "--steps", 3, "--seq", 32],
-                                       ["rename", "--steps", 3], ["tasks", "--steps", 3, "--mode", "canonical"], ["bench"],
-                                       ["curve", "--steps", 3, "--seq", 32, "--mode", "gaussian"], ["theorem", "--no_plot"]])
-def test_every_task_runs(arguments, book, tmp_path):
-    text, figures = tool(tmp_path, *arguments, "--data", book)
-    assert "nan" not in text.split() and figures["seed"] == 0
-    if arguments[0] == "rename":
-        assert figures["lexinvariant, canonical"]["change"] == 0 and figures["standard"]["change"] != 0
-
-
-def test_torchrun_trains_the_same_model(book, tmp_path):
-    command = ["lexinvariant.py", "train", "--data", book, "--steps", 6, "--seq", 32, "--quiet", "--device", "cpu"]
-    one = run(*command, "--out", tmp_path / "1", OMP_NUM_THREADS="1")
-    two = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, "--out", tmp_path / "2", OMP_NUM_THREADS="1")
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    a, b = (torch.load(tmp_path / n / "model.pt", weights_only=True)["model"] for n in "12")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-4)
-    assert two.stdout.count("nats a symbol") == 1
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["curve", "--data", "nowhere"], "--data nowhere: no such file"), (["curve", "--data", "tiny.txt"], "are too few for sequences of"),
-    (["curve", "--model", "nowhere.pt"], "--model nowhere.pt: no such file"), (["curve", "--model", "tiny.txt"], "is not a checkpoint"),
-    (["decipher", "--alphabet", "ascii"], "decipher reads the letters a to z"), (["posterior", "--symbol", "é"], "no letter of the text"),
-    (["semi", "--p", "1.5"], "1.5 is not between 0 and 1"), (["--seq", "3"], "3 is not between 16"), (["nothing"], "invalid choice"),
-    (["theorem", "--device", "abacus"], "cannot be had here"), (["--lr", "much"], "invalid float value"),
+@pytest.mark.parametrize("words, said", [
+    (["lookup", "--d_model", "66"], "--d_model"),
+    (["train", "--data", "nowhere.txt"], "nowhere.txt"),
+    (["train", "--data", "image.png"], "image.png is not UTF-8"),
+    (["train", "--data", "wide.txt"], "zero bytes"),
+    (["train", "--data", "short.txt"], "too little"),
+    (["train", "--p", "0.2"], "--mode permute"),
+    (["train", "--device", "abacus"], "abacus"),
+    (["train", "--resume", "--out", "other"], "another run"),
+    (["decipher"], "lexinvariant.py train"),
+    (["decipher", "--model", "foreign.pt"], "foreign.pt"),
+    (["decipher", "--model", "standard.pt"], "by name"),
+    (["decipher", "--model", "other/checkpoint.pt", "--text", "too short"], "9 characters"),
+    (["decipher", "--model", "other/checkpoint.pt", "--text", "".join(map(chr, range(40, 80)))], "40 d"),
 ])
-def test_mistakes_end_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("tiny.txt").write_text("a few words")
-    monkeypatch.setattr(sys, "argv", ["lexinvariant.py", *arguments, "--quiet"])
+def test_mistakes_end_in_one_line(words, said, capsys, monkeypatch):
+    Path("image.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
+    Path("wide.txt").write_text("a\0" * 9999)
+    Path("short.txt").write_text("too short")
+    torch.save(dict(model={}, optimizer={}, step=3), "foreign.pt")
+    Path("other").mkdir()
+    state = dict(settings=dict(data="short.txt", alphabet="az27", seq=192), model={}, optimizers=[], step=1)
+    for name, mode in (("other/checkpoint.pt", "gaussian"), ("standard.pt", "standard")):
+        torch.save(dict(state, config=dict(n_vocab=27, mode=mode, p=1.0)), name)
+    if "--resume" in words:
+        words = [*words, "--data", str(HOUSE / "README.md")]
+    monkeypatch.setattr(sys, "argv", ["lexinvariant.py", *words])
     with pytest.raises(SystemExit) as stop:
         lex.main()
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1, err
-
-
-def test_bad_settings_of_the_embedding():
-    with pytest.raises(ValueError, match="one of standard"):
-        lex.LexinvariantEmbedding(5, 16, "random")
-    with pytest.raises(ValueError, match="a multiple of 4"):
-        lex.LexinvariantEmbedding(5, 18)
-    with pytest.raises(ValueError, match="7 distinct symbols in a sequence, max_symbols is 3"):
-        lex.LexinvariantEmbedding(9, 16, "canonical", max_symbols=3).relabel(torch.arange(7)[None], torch.tensor([0]))
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ") and said in err, err
