@@ -616,13 +616,13 @@ def set_up(args):
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device := torch.device("cuda", device.index or local))
+            torch.set_float32_matmul_precision("high")
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be had here: {error}")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)  # a denormal slows a CPU matmul tenfold
-    torch.set_float32_matmul_precision("high")
     return device, rank, world
 
 
