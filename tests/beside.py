@@ -9,6 +9,7 @@ One thread, CPU seconds, the least of several tries. Where the other side wins, 
 import contextlib
 import csv
 import math
+import os
 import sys
 import tempfile
 import time
@@ -173,7 +174,53 @@ def neqa():
     say("false names by shape, and by a z-test of highest against lowest", ours, naive, "of 1")
 
 
-CASES = [sophia, spsa_distributed, onesided_mc, ecosystem, review_consistency, lost_in_middle, neqa]
+def anticipation():
+    """Reading MIDI files: of the folder midi/ of NANOPAPERS_TEST_DATA's anticipation/, else made ones."""
+    from test_anticipation import obvious, random_file
+
+    import anticipation as file
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = os.environ.get("NANOPAPERS_TEST_DATA", "")
+        paths = sorted(Path(data, "anticipation/midi").glob("*.mid"))[:20] if data else []
+        for seed in range(0 if paths else 10):
+            paths.append(Path(folder) / f"{seed}.mid")
+            random_file(paths[-1], seed, 40)
+        ours, theirs = seconds(lambda: [*map(file.read_midi, paths)], 2), seconds(lambda: [*map(obvious, paths)], 2)
+        assert all(np.array_equal(file.read_midi(path), obvious(path)) for path in paths)
+        say(f"reading {len(paths)} MIDI files, ours and the obvious loop over mido", ours, theirs)
+
+
+def backpack():
+    """100 tokens from a Backpack of the paper's micro size, with the cache, and with all recomputed for each token."""
+    import backpack as file
+
+    torch.manual_seed(0)
+    model = file.Backpack(file.Config(6, 6, 384), 16).requires_grad_(False)
+    start, model.known = torch.tensor([[464]]), {}
+
+    def recompute():
+        ids, model.known = start, None
+        for _ in range(100):
+            ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), 1)
+        model.known = {}
+        return ids
+
+    assert torch.equal(file.continue_texts(model, start, 100, temperature=0), recompute())
+    ours = seconds(lambda: file.continue_texts(model, start, 100, temperature=0), 2)
+    say("100 tokens of a Backpack, and by full recompute", ours, seconds(recompute, 1))
+
+
+def lexinvariant():
+    """LookUp of random values by models that were trained alike, on all symbols: an ordinary table of embeddings."""
+    import lexinvariant as file
+
+    right = [file.symbol_task(file.lookup_batch, mode, 230, 0, True)[1].mean() for mode in ("gaussian", "standard")]
+    say("LookUp answered wrongly, Gaussian rows and a table", *(1 - share for share in right), "of 1")
+
+
+CASES = [sophia, backpack, anticipation, lexinvariant, spsa_distributed, onesided_mc, ecosystem, neqa, lost_in_middle,
+         review_consistency]
 
 if __name__ == "__main__":
     for case in CASES:
