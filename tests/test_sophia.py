@@ -209,6 +209,7 @@ dist.all_reduce(high, dist.ReduceOp.MAX)
 assert torch.equal(low, high), f"ranks apart by {(high - low).abs().max()}"
 print("equal", flush=True)
 dist.barrier()
+dist.destroy_process_group()
 """
 
 
