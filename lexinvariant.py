@@ -343,6 +343,8 @@ def run(args):
         args.out.mkdir(parents=True, exist_ok=True)
         args.task(args)
         sys.stdout.flush()
+        if "RANK" in os.environ:  # subtle: a rank aborted now and then while torch took its threads down
+            os._exit(0)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:
@@ -737,7 +739,7 @@ PRESETS = {  # size; run
 
 
 def train(args):
-    """Section 3.1: train a model, its loss by position. --resume goes on after Ctrl-C; torchrun shares batches out."""
+    """Section 3.1: train a model, its loss by position. --resume goes on from the last checkpoint; torchrun works."""
     device, rank, world = set_up(args)
     size, defaults = PRESETS[args.preset]
     for name, value in defaults.items():

@@ -694,6 +694,8 @@ FLAGS = "train --size mini --batch_size 2 --save_every 1 --quiet --steps".split(
 
 
 def test_stopped_and_resumed_is_the_same(work, monkeypatch, capsys):
+    """Also with dropout, whose draws a resumed run must repeat."""
+    monkeypatch.setattr(A, "MusicConfig", lambda *shape: MusicConfig(*shape[:-1], dropout=0.1))
     handler = signal.getsignal(signal.SIGINT)
     tool(*FLAGS, 4, "--out", "a")
     keep = A.save_music
