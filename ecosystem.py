@@ -828,7 +828,10 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["unicode", *argv]
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if getattr(args, "epochs", 1) < 1:
+        fail(f"--epochs {args.epochs} must be above 0")
+    return args
 
 
 def main():

@@ -917,6 +917,9 @@ def parse_args(argv=None):
         sub.set_defaults(task=function)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv if argv and (argv[0] in ("-h", "--help") or argv[0][0] != "-") else ["lab", *argv])
+    for name in ("steps", "seeds"):
+        if not getattr(args, name, 1) > 0:
+            fail(f"--{name} {getattr(args, name)} must be above 0")
     words = [args.task.__name__, *(getattr(args, name, "") for name in ("setting", "model"))]
     args.out = args.out or Path("out/lost_in_middle", re.sub(r"[^\w.-]+", "_", "-".join(filter(None, words))))
     return args

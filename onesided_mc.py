@@ -1002,7 +1002,10 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["synthetic", *argv]
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if getattr(args, "seeds", 1) < 1:
+        fail(f"--seeds {args.seeds} must be above 0")
+    return args
 
 
 def main():

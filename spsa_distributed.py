@@ -1078,7 +1078,11 @@ def parse_args(argv=None):
     task(serve, f"{run_flags} machines log host port deadline patience out")
     task(join, "connect model data patience seed device out", model=None)
     task(replay, "log steps model out", model=None, steps=None)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("machines", "seeds"):
+        if not getattr(args, name, 1) > 0:
+            fail(f"--{name} {getattr(args, name)} must be above 0")
+    return args
 
 
 def main():

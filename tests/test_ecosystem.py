@@ -356,6 +356,7 @@ def test_bad_tables_are_refused(text, flags, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
+    ("--epochs 0", "--epochs 0 must"), ("unicode --epochs=-1", "--epochs -1 must"),
     ("nonsense", "invalid choice: 'nonsense'"), ("--label x", "unrecognized arguments: --label x"), ("report", "files"),
     ("report nowhere.csv", "nowhere.csv"), ("report a.csv --outcome maybe", "invalid choice: 'maybe'"),
     ("improve a.csv", "columns want names model@time"), ("improve a.csv --no_plot", "unrecognized arguments"),

@@ -507,3 +507,10 @@ def test_mistakes_end_in_one_line(tool, rows, words, message):
     Path("latin.jsonl").write_bytes(b'{"key": "\xe9"}')
     code, out, err = tool("run", "--model", "m", "--base_url", "http://127.0.0.1:9/v1", *words)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+
+
+@pytest.mark.parametrize("words", ["--seeds 0", "--steps -1", "lab --steps 0"])
+def test_a_laboratory_of_nothing(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        lim.parse_args(words.split())
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {words.removeprefix('lab ')} must be above 0\n"

@@ -519,6 +519,7 @@ def test_fit_of_a_table(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("args, words", [
+    (["--seeds", "0"], "--seeds 0"), (["robust", "--seeds", "-1"], "--seeds -1"),
     (["--k", "1"], "k in 2"), (["--rank", "60"], "--rank 60"), (["--rows", "10"], "100 rows"),
     (["--rows", "a"], "row_counts"), (["--center", "rows"], "--center"), (["--device", "tpu"], "tpu"),
     (["robust", "--rows", "500,600"], "one number of rows"), (["genome", "--fst", "1"], "--fst"),

@@ -485,7 +485,9 @@ def test_gpt2_tokens_and_label_words(monkeypatch):
         assert torch.allclose(row, alone, atol=1e-5)
 
 @pytest.mark.parametrize("args, words", [
-    (["train", "--lr", "0"], "lr = 0.0"), (["train", "--noise", "binomial"], "noise = binomial"),
+    (["train", "--lr", "0"], "lr = 0.0"), (["train", "--machines", "0"], "--machines 0"),
+    (["serve", "--machines", "-1"], "--machines -1"), (["compare", "--seeds", "0"], "--seeds 0"),
+    (["train", "--noise", "binomial"], "noise = binomial"),
     (["train", "--steps", "many"], "--steps"), (["train", "--resume_from", "x"], "unrecognized"),
     (["train", "--model", "gpt7"], "gpt7"), (["train", "--device", "abacus"], "abacus"),
     (["train", "--data", "none.csv"], "none.csv"), (["train", "--data", "lines.jsonl"], "columns sentence and label"),
