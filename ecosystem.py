@@ -375,8 +375,8 @@ def order_of_times(path, names):
     return models, times, [[f"{model}@{time}" for model in models] for time in times]
 
 
-def first_few(texts, most=12):
-    return ", ".join([*texts[:most], *([f"… {len(texts) - most:,} more"] if len(texts) > most else [])])
+def first_few(texts):
+    return ", ".join(texts[:12]) + (f", … {len(texts) - 12:,} more" if len(texts) > 12 else "")
 
 
 def read_outcomes(path, columns, label=None, group=None, models=None, outcome=None, missing=None, threshold=None):
@@ -392,8 +392,7 @@ def read_outcomes(path, columns, label=None, group=None, models=None, outcome=No
     index = next((name for name in columns if name.lower() in IDS and name not in (label, group, *names)), None)
     wanted = [name for name in (label, group, *names) if name]
     if odd := [name for name in wanted if name not in columns or wanted.count(name) > 1]:
-        why = "wanted twice" if odd[0] in columns else "no such column"
-        fail(f"{path}: {odd[0]}: {why}; there are {first_few([*columns])}")
+        fail(f"{path}: {odd[0]}: no such column, or wanted twice; there are {first_few([*columns])}")
     n = len(next(iter(columns.values())))
     long = [x for x in columns if x.lower() == "model" and not models or x == index and len(set(columns[x])) < n]
     if long:
@@ -440,7 +439,8 @@ def read_outcomes(path, columns, label=None, group=None, models=None, outcome=No
     unused = [name for name in columns if name not in (group, index, *names) and (name != label or outcome)]
     same = [f"{text} = {x}" for text, x in said.items() if text != x]
     without = lambda columns: first_few([f"{who.sum():,} without {what}" for what, who in columns.items()])
-    print(f"{path}: {keep.sum():,} of {n:,} people, {len(models)} models", "at " * len(times[1:]) + " → ".join(times))
+    when = f"at {' → '.join(times)}" if times[0] else ""
+    print(f"{path}: {keep.sum():,} of {n:,} people, {len(models)} models", when)
     for what, text in {
         "models": ", ".join(f"{name} (error {row[keep].mean():.4f})" for name, row in zip(names, failed)),
         "label": f"1 is {outcome}" if outcome else f"{label}: {first_few(classes)}",
@@ -591,7 +591,7 @@ def by_group(sides, failed, group, groups):
         of[g] = {side: (profiles[:, columns], counts) for side, columns in sides.items()}
         for side, (part, _) in of[g].items():
             d = found[f"{groups[g]}, {side}"] = homogeneity(part, counts, "homogeneous")["difference"]
-            errors = first_few([f"{e:.3f}" for e in counts @ part / counts.sum()], 6)
+            errors = first_few([f"{e:.3f}" for e in counts @ part / counts.sum()])
             rows.append([f"{groups[g]}, {side}", f"{counts.sum():,}", errors, show(*d)])
     for a, b in combinations(largest[:3], 2):
         pair = {side: contrast(of[a][side], of[b][side], "homogeneous") for side in sides}

@@ -838,7 +838,7 @@ def parse_args(argv=None):
     task(simulate, "reviewers variances seed out")
     task(esa, "accept out no_plot", accept=0.05).add_argument("folder", type=Path, help="where the six files are")
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["neurips", *argv]
     return parser.parse_args(argv)
 

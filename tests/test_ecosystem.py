@@ -321,6 +321,12 @@ def test_tables_are_read_right(name, text, flags, errors, tmp_path, monkeypatch)
         assert len(m["names"]) == 2 and all(f"{model} (error" in said.replace("@10", "") for model in m["names"])
 
 
+def test_times_are_said_in_order(tmp_path):
+    (tmp_path / "a.csv").write_bytes(lines("label,x@10,y@10,x@9,y@9,x@11,y@11 / 1,1,0,0,1,1,1 / 0,1,1,0,0,0,0"))
+    said, figures = tool(tmp_path, "improve", tmp_path / "a.csv")
+    assert "2 people, 2 models at 9 → 10 → 11\n" in said and len(figures["improvements"]) == 4
+
+
 GOOD = "id,label,x,y / 1,1,1,1 / 2,0,0,1"
 WRONG = [  # text, flags, the line: refused, never guessed
     ("id,label,x,y,age / 1,1,1,1,30 / 2,0,0,1,40", "", 'person 1, column "age": 30 is no label (0, 1)'),
@@ -339,7 +345,8 @@ WRONG = [  # text, flags, the line: refused, never guessed
     ("id,label,x,x / 1,1,1,1", "", "each column needs a name of its own"),
     ("id,label,x,y / 1,1,1,1 / 2,1,1", "", "want .csv, .tsv or .jsonl in UTF-8"),
     (GOOD + ' / 3,1,"1,1', "", "a quote is opened and not closed"), ("id,label,x,y", "", "no rows"), ("", "", "empty"),
-    (GOOD, "--models x,z", "z: no such column; there are id, label, x, y"), (GOOD, "--models x,x", "x: wanted twice"),
+    (GOOD, "--models x,z", "z: no such column, or wanted twice; there are id, label, x, y"),
+    (GOOD, "--models x,x", "x: no such column, or wanted twice"),
     ("label,x,y / 2,1,0 / 1,1,1 / 0,1,1", "--threshold 0.5", "wants labels 0 and 1; here they are 0, 1, 2"),
     ("id,label,x,y,human:z / 1,1,1,1,1", "", "an ecosystem of one"),
 ]
