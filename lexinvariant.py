@@ -850,7 +850,8 @@ def parse_args(argv=None):
                       help="what train saved (%(default)s)"),
         "text": dict(help="your cipher, or a file with it; every different character is a symbol"),
         "task": dict(dest="kind", choices=("lookup", "permutation"), default="lookup", help="(%(default)s)"),
-        "steps": dict(type=int, help="updates (%(default)s; train: the preset's; lookup 230, permutation 800)"),
+        "steps": dict(type=int, help="updates (demo and bayes 500, decipher 600, lookup 230, --task permutation 800, "
+                      "train: the preset's)"),
         "seeds": dict(type=int, default=3, help="number of seeds, from --seed on (%(default)s)"),
         "batch_size": dict(type=int, help="sequences an update, over all ranks (the preset's; the paper's 64)"),
         "seq": dict(type=int, help="characters of context (the preset's; the paper's 512)"),

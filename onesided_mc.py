@@ -967,7 +967,7 @@ def parse_args(argv=None):
         "data": dict(help="a VCF, gzipped or not (simulated people)"),
         "panel": dict(help="populations of its samples: lines of sample, population, or 1000 Genomes' panel"),
         "maf": dict(type=float, default=0.05, help="least minor allele frequency of a site (%(default)s)"),
-        "sites": dict(type=int, default=100_000, help="simulated: rows (%(default)s)"),
+        "sites": dict(type=int, default=100_000, help="simulated: rows, made in whole chunks of 512 (%(default)s)"),
         "people": dict(type=int, default=60, help="simulated: columns (%(default)s)"),
         "populations": dict(type=int, default=3, help="simulated (%(default)s)"),
         "fst": dict(type=float, default=0.1, help="simulated: how far populations differ (%(default)s, as humans)"),
@@ -993,12 +993,12 @@ def parse_args(argv=None):
         sub.set_defaults(task=function, out=Path("out/onesided_mc") / name, **defaults)
         return sub
 
-    task(synthetic, "rows columns rank k seeds", rows=[3000, 12_000, 50_000, 200_000, 1_000_000])
+    task(synthetic, "rows columns rank k seeds", rows="3000,12000,50000,200000,1000000")
     task(genome, "data panel maf k sites people populations fst", k=5)
     task(fit_file, "center rank estimator fit_rank layout least scores", rank=None).add_argument(
         "file", type=Path, help="lines of row, column, value, or a table with gaps (text, .gz)")
-    task(robust, "rows columns rank k seeds", rows=[50_000])
-    task(impossible, "rows columns rank k", rows=[10_000, 50_000, 250_000, 1_000_000], rank=5)
+    task(robust, "rows columns rank k seeds", rows="50000")
+    task(impossible, "rows columns rank k", rows="10000,50000,250000,1000000", rank=5)
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["synthetic", *argv]
