@@ -74,7 +74,6 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -175,12 +174,13 @@ class Backpack(nn.Module):
         initialise(self, config)
 
     def senses(self, ids):
-        """ids (n,) int64 → C(ids) (n, n_sense, d), edits included."""
+        """ids (n,) int64, or a list → C(ids) (n, n_sense, d), edits included."""
         if self.known is None:
             return self.sense_network(self.lm_head.weight[ids]) / self.divisor
-        if new := [i for i in ids.tolist() if i not in self.known]:
+        ids = torch.as_tensor(ids).tolist()
+        if new := [i for i in ids if i not in self.known]:
             self.known.update(zip(new, self.sense_network(self.lm_head.weight[new]) / self.divisor))
-        return torch.stack([self.known[i] for i in ids.tolist()])
+        return torch.stack([self.known[i] for i in ids])
 
     def parts(self, ids, cache=None):
         """→ the arguments of sense_mix, and all ids. A cache keeps, as "senses", their keys and the ids so far."""
@@ -241,24 +241,20 @@ def swapped(senses, removed, added):
     return senses + (senses @ removed / r2)[:, None] * (added * (r2 / a2) - removed)
 
 
-STRENGTHS = {0: (1, 1, 1, 1), 1: (1.5, 1.5, 1.3, 1), 2: (2.2, 2.2, 1.5, 1), 3: (3.3, 3.3, 3, 1)}  # δ; appendix D
+STRENGTHS = (1, 1, 1, 1), (1.5, 1.5, 1.3, 1), (2.2, 2.2, 1.5, 1), (3.3, 3.3, 3, 1)  # δ for 0 … 3; appendix D
 
 
 @torch.no_grad()
-def topic_scores(model, bags, silent=()):
+def topic_scores(model, bags):
     """How much a sense speaks of a bag of tokens: Σ_{w in bag} (E·C)_w / max_v (E·C)_v. One pass over the vocabulary.
 
-    bags {name: tokens} → {name: (n_tokens, n_sense)}, 0 for the tokens `silent`.
+    bags: lists of tokens → for each of them (n_tokens, n_sense).
     """
-    E, found = model.lm_head.weight[: model.config.n_tokens], {name: [] for name in bags}
+    E, found = model.lm_head.weight[: model.config.n_tokens], []
     for rows in E.split(64):
         logits = model.sense_network(rows) @ E.T  # (64, n_sense, n_tokens)
-        for name, bag in bags.items():
-            found[name].append(logits[..., list(bag)].sum(-1) / logits.amax(-1))
-    scores = {name: torch.cat(parts) for name, parts in found.items()}
-    for score in scores.values():
-        score[list(silent)] = 0
-    return scores
+        found.append([logits[..., bag].sum(-1) / logits.amax(-1) for bag in bags])
+    return [torch.cat(parts) for parts in zip(*found)]
 
 
 def topic_control(model, scores, strength):
@@ -422,8 +418,8 @@ def from_hugging_face(path, n_head=None, divide_by_k=False):
 
 
 def save_checkpoint(path, model, codec, **more):
-    """Weights, tokenizer and known senses, those of edited tokens among them, for read_checkpoint."""
-    about = {name: getattr(model, name, None) for name in ("n_sense", "divisor", "known")}
+    """Weights, tokenizer and more (known=: senses, those of edited tokens among them) for read_checkpoint."""
+    about = {name: getattr(model, name, None) for name in ("n_sense", "divisor")}
     state = dict(config=asdict(model.config), words=codec.words, model=model.state_dict(), **about, **more)
     torch.save(state, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
@@ -671,12 +667,10 @@ def load_data(data, codec):
     return read_tokens(Path(data) / "train.bin"), read_tokens(Path(data) / "val.bin"), codec
 
 
-def get_windows(model, ids, sequences, *counter):
-    """Windows of ids and of the ids that follow, (sequences, seq) int64 each. Sequence i depends on (counter, i)
-    alone: the data are the same whatever the micro-batch and the number of ranks."""
-    seq = model.config.block_size
-    starts = [np.random.default_rng((*counter, i)).integers(len(ids) - seq) for i in sequences]
-    rows = tensor_for(model, np.stack([ids[i : i + seq + 1] for i in starts]).astype(np.int64))
+def windows(model, ids, starts):
+    """The model's context of ids from each start, and the ids that follow: (len(starts), seq) int64 each."""
+    rows = np.stack([ids[start : start + model.config.block_size + 1] for start in starts])
+    rows = tensor_for(model, rows.astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -689,8 +683,7 @@ def mean_loss(model, ids, at_most=256):
     seq = model.config.block_size
     starts = range(0, len(ids) - seq, seq)
     starts = starts[:: -(-len(starts) // at_most)]
-    rows = tensor_for(model, np.stack([ids[i : i + seq + 1] for i in starts]).astype(np.int64))
-    return float(torch.stack([loss_of(model, row[None, :-1], row[None, 1:]) for row in rows]).mean())
+    return float(torch.stack([loss_of(model, *windows(model, ids, [start])) for start in starts]).mean())
 
 
 def adamw(model, lr):
@@ -701,24 +694,25 @@ def adamw(model, lr):
     return torch.optim.AdamW(groups, lr, (0.9, 0.999), fused=True)
 
 
-def training(model, opt, ids, steps, batch, seed, micro=None, first=0, name="train", quiet=False):
+def training(model, opt, ids, steps, batch, seed, micro=None, first=0, quiet=False):
     """The paper's recipe: gradients clipped at 1, warm-up over 5 % of the steps, then linear to 0. Yields (step, loss)
     after every update, so that the caller saves, stops, prints. batch: sequences an update, over all ranks; micro: a
-    forward pass."""
+    forward pass. Sequence i of a step is the same whatever the micro-batch and the number of ranks."""
     device, peak, warmup = model.lm_head.weight.device, opt.defaults["lr"], steps // 20
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     micro, on_gpu = micro or batch // world or 1, device.type == "cuda"
     if batch % (micro * world):
         fail(f"{batch} sequences an update are not a multiple of {micro} a forward pass × {world} ranks")
     loss_fn = torch.compile(loss_of) if on_gpu else loss_of
-    for step in tqdm(range(first, steps), name, steps, initial=first, disable=quiet or rank > 0):
+    for step in tqdm(range(first, steps), "train", steps, initial=first, disable=quiet or rank > 0):
         for group in opt.param_groups:
             group["lr"] = peak * min((step + 1) / max(warmup, 1), (steps - step) / (steps - warmup))
         total = torch.zeros((), device=device)
         for i in range(rank * micro, batch, world * micro):
-            x, y = get_windows(model, ids, range(i, i + micro), seed, step)
+            draws = [np.random.default_rng((seed, step, sequence)) for sequence in range(i, i + micro)]
+            starts = [rng.integers(len(ids) - model.config.block_size) for rng in draws]
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                loss = loss_fn(model, x, y) * (micro / batch)
+                loss = loss_fn(model, *windows(model, ids, starts)) * (micro / batch)
             loss.backward()
             total += loss.detach()
         if world > 1:
@@ -747,7 +741,7 @@ def new_model(codec, n_sense, *sizes):
 
 def train(args):
     """Section 3.1: the paper's recipe, for a Backpack or the Transformer inside it, or from --ckpt on: fine-tuning."""
-    device, rank, world = set_up(args)
+    device, rank, _ = set_up(args)
     path, saved, history = args.out / "model.pt", {}, []
     if args.ckpt or args.resume:
         model, codec, saved = read_checkpoint(path if args.resume else args.ckpt, device)
@@ -772,21 +766,14 @@ def train(args):
         loss = mean_loss(model, val_ids)
         print(f"validation loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}\n{path}")
         save_results(args.out, args, loss=loss, history=history)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 # ==================================================================================== reading and editing a model
 
 
-def senses_of(model, ids):
-    return model.senses(tensor_for(model, ids))
-
-
 def favoured(model, codec, word, n):
     """For each sense of a word the n tokens to whose logits it adds most, as text (tables 1 and 3)."""
-    best = (senses_of(model, [token(codec, word)])[0] @ model.lm_head.weight[: codec.n_tokens].T).topk(n).indices
+    best = (model.senses([token(codec, word)])[0] @ model.lm_head.weight[: codec.n_tokens].T).topk(n).indices
     return [" ".join(codec.decode([i]).strip() for i in row) for row in best.tolist()]
 
 
@@ -798,30 +785,25 @@ NOUNS = (*WORLD["he"], *WORLD["she"], *(  # of the demo's world, and the paper's
 WORLD_PROMPTS = [(prompt.format(noun), " he", " she") for noun in NOUNS[:10] for prompt in PERSON]
 
 
-def pronoun_prompts(codec, rows):
-    """rows (prefix, pronoun, pronoun) → to fit on and to test on, every other one of a noun, each a list of (noun, its
-    ids, prompt ids, the pronouns' ids)."""
-    prompts = {}
+def pronoun_parts(model, codec, rows):
+    """Prompts (prefix, pronoun, pronoun) → their nouns (n,), which prompts to fit on (every other one of a noun), log
+    P(he)/P(she) after each (n,) and what its noun's senses add to that (n, n_sense).
+
+    Logits are linear in the senses: with a factor w on sense l of the noun the gap is gap + (w − 1)·part[:, l].
+    """
+    E, found, seen = model.lm_head.weight, [], Counter()
     for prefix, *pronouns in rows:
         ids, words = [codec.start, *codec.encode(prefix)], WORD.findall(prefix)
         noun = next((noun for noun in NOUNS if noun in words), None)
         if noun and codec.unknown not in ids:
             he, she = (token(codec, pronoun.strip()) for pronoun in pronouns)
-            prompts.setdefault(noun, []).append((noun, codec.encode(f" {noun}"), ids, he, she))
-    fit, test = ([prompt for some in prompts.values() for prompt in some[first::2]] for first in (1, 0))
-    print(len(fit + test), "of", len(rows), "prompts; others have no noun of the paper's or words unknown here")
-    return (fit, test) if fit else fail("no noun has two prompts, one to fit and one to test")
-
-
-def pronoun_parts(model, prompts):
-    """log P(he)/P(she) after each, and what its noun's senses add to that → (gap (n,), part (n, n_sense)).
-
-    Logits are linear in the senses: with a factor w on sense l of the noun the gap is gap + (w − 1)·part[:, l].
-    """
-    E, found = model.lm_head.weight, []
-    for _, noun_ids, ids, he, she in prompts:
-        added = attribution(model, ids, E[he] - E[she]).double().cpu().numpy()  # (seq, n_sense)
-        found.append((added.sum(), added[np.isin(ids, noun_ids)].sum(0)))
+            added = attribution(model, ids, E[he] - E[she]).double().cpu().numpy()  # (seq, n_sense)
+            of_noun = added[np.isin(ids, codec.encode(f" {noun}"))].sum(0)
+            found.append((noun, seen[noun] % 2 == 1, added.sum(), of_noun))
+            seen[noun] += 1
+    print(len(found), "of", len(rows), "prompts; others have no noun of the paper's or words unknown here")
+    if max(seen.values(), default=0) < 2:
+        fail("no noun has two prompts, one to fit and one to test")
     return map(np.array, zip(*found))
 
 
@@ -830,33 +812,31 @@ def bias_ratio(gap):
     return float(np.exp(np.abs(gap)).mean())
 
 
-def gender(model, fit, test):
+def gender(model, codec, rows):
     """Table 5: on some prompts the sense that carries gender is located and a factor on it fitted for each noun; the
     ratios are of other prompts. → (ratios, the sense, the edit {token: senses} that removes it). "All senses projected"
     is the simple way, which locates nothing: no sense of the noun keeps what lies along E_he − E_she."""
-    (gap, part), (test_gap, test_part) = pronoun_parts(model, fit), pronoun_parts(model, test)
-    sense = int(np.argmin([bias_ratio(gap - column) for column in part.T]))
-    w, factors = np.linspace(-3, 3, 1201), {}  # a grid; the authors: Nelder-Mead
-    for noun in {noun for noun, *_ in fit}:
-        mine = [other == noun for other, *_ in fit]
+    nouns, fit, gap, part = pronoun_parts(model, codec, rows)
+    sense = int(np.argmin([bias_ratio(gap[fit] - column) for column in part[fit].T]))
+    w, change = np.linspace(-3, 3, 1201), np.zeros(len(gap))  # a grid; the authors: Nelder-Mead
+    for noun in set(nouns[fit]):
+        mine = fit & (nouns == noun)
         ratio = np.exp(np.abs(gap[mine, None] + part[mine, sense, None] * (w - 1))).mean(0)
-        factors[noun] = float(w[np.argmin(ratio + np.abs(1 - w))])
-    change = np.array([factors.get(noun, 1.0) - 1 for noun, *_ in test])
-    each = [bias_ratio(test_gap - column) for column in test_part.T]
-    edit = {i: senses_of(model, [i])[0].clone() for _, noun_ids, *_ in test for i in noun_ids}
+        change[nouns == noun] = w[np.argmin(ratio + np.abs(1 - w))] - 1
+    gap, part, change = gap[~fit], part[~fit], change[~fit]
+    each = [bias_ratio(gap - column) for column in part.T]
+    edit = {i: model.senses([i])[0].clone() for noun in nouns for i in codec.encode(f" {noun}")}
     for senses in edit.values():
         senses[sense] = 0
-    return {"unchanged": bias_ratio(test_gap), "sense removed": each.pop(sense), "the best other removed": min(each),
-            "all senses projected": bias_ratio(test_gap - test_part.sum(1)),
-            "a factor for each noun": bias_ratio(test_gap + test_part[:, sense] * change)}, sense, edit
+    return {"unchanged": bias_ratio(gap), "sense removed": each.pop(sense), "the best other removed": min(each),
+            "all senses projected": bias_ratio(gap - part.sum(1)),
+            "a factor for each noun": bias_ratio(gap + part[:, sense] * change)}, sense, edit
 
 
 def edit_fact(model, codec, word, remove, add, texts):
     """Table 6, the swap of a word's senses → (rows (text, P(remove), P(add), both after the edit), the edit)."""
     at, *pair = (token(codec, name) for name in (word, remove, add))
-    if pair[0] == pair[1]:
-        fail(f"{remove!r} and {add!r} are one token: nothing to edit")
-    edit = {at: swapped(senses_of(model, [at])[0], *model.lm_head.weight[pair])}
+    edit = {at: swapped(model.senses([at])[0], *model.lm_head.weight[pair])}
     p = lambda text: [math.exp(log_prob(model, prompt_ids(codec, text, model), [i])[0]) for i in pair]
     before = [p(text) for text in texts]
     with edited(model, edit):
@@ -885,21 +865,18 @@ def small_model(args, seed, text, steps, n_sense=16, d=64):
 
 def demo(args):
     """The paper's claims in small: losses beside Transformers', senses read, one sense removed, one fact changed."""
-    _, rank, world = set_up(args)
+    _, rank, _ = set_up(args)
     short = dict(text=help_topics(), steps=args.steps // 3)
     model, codec, loss = small_model(args, args.seed, world_text(30_000, args.seed), args.steps, n_sense=8)
     of_help, help_codec, help_loss = small_model(args, args.seed, **short)
     figures = {"loss, world": loss, "loss, help topics": help_loss,
                "Transformer inside": small_model(args, args.seed, **short, n_sense=None)[2],
                "Transformer of its size": small_model(args, args.seed, **short, n_sense=None, d=120)[2]}
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
     if rank:
         return
     words = "nurse", "mechanic", "macbook", "bread"
     print_table(("sense", *words), list(zip("01234567", *(favoured(model, codec, word, 3) for word in words))))
-    ratios, sense, _ = gender(model, *pronoun_prompts(codec, WORLD_PROMPTS))
+    ratios, sense, _ = gender(model, codec, WORLD_PROMPTS)
     figures |= {f"bias ratio, {name}": ratio for name, ratio in ratios.items()}
     texts = [prompt.format("macbook") for prompt in MADE_BY]
     texts += [f"{texts[0]} hp . {prompt.format(word)}" for word in ("iphone", "ipad") for prompt in MADE_BY]
@@ -915,7 +892,7 @@ def demo(args):
     def draw(fig):
         ax, E, nouns = fig.subplots(), model.lm_head.weight, NOUNS[:10]
         direction = E[token(codec, "he")] - E[token(codec, "she")]
-        values = (senses_of(model, [token(codec, noun) for noun in nouns]) @ direction).cpu()  # (nouns, n_sense)
+        values = (model.senses([token(codec, noun) for noun in nouns]) @ direction).cpu()  # (nouns, n_sense)
         largest = values.abs().max()
         fig.colorbar(ax.imshow(values, "RdBu_r", vmin=-largest, vmax=largest, aspect="auto"))
         ax.set_yticks(range(len(nouns)), nouns)
@@ -926,7 +903,7 @@ def demo(args):
 
 def ablate_k(args):
     """Table 8: the number of senses."""
-    _, rank, world = set_up(args)
+    _, rank, _ = set_up(args)
     rows, text = [], help_topics()
     for k in (1, 4, 16, None):
         losses = [small_model(args, args.seed + i, text, args.steps, k)[2] for i in range(args.seeds)]
@@ -934,9 +911,6 @@ def ablate_k(args):
         rows.append((name, np.mean(losses), np.std(losses), math.exp(np.mean(losses))))
     if rank == 0:
         print_and_save(args, ("Python's help topics", "validation loss", "± sd", "perplexity"), rows)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def senses(args):
@@ -959,7 +933,7 @@ def debias(args):
     """Section 6.2, table 5: how much likelier one pronoun is than the other, and what one sense has to do with it."""
     rows = read_json_lines(args.data) if args.data else WORLD_PROMPTS
     model, codec = open_model(args)
-    ratios, sense, change = gender(model, *pronoun_prompts(codec, rows))
+    ratios, sense, change = gender(model, codec, rows)
     save_edited(args, model, codec, change)
     print_and_save(args, (f"bias ratio, sense {sense}", ""), list(ratios.items()))
 
@@ -975,21 +949,22 @@ def edit(args):
 def save_edited(args, model, codec, edits):
     """--save."""
     if args.save:
-        with edited(model, edits):
-            save_checkpoint(args.save, model, codec)
+        save_checkpoint(args.save, model, codec, known=model.known | edits)
         print(args.save)
 
 
 def topic(args):
     """Section 6.1: generate about a topic by making senses heavier that speak of it; what it costs."""
     model, codec = open_model(args, "help.pt")
-    bags = {bag: [token(codec, word) for word in bag.split(",")] for bag in args.bags}
+    bags = [[token(codec, word) for word in bag.split(",")] for bag in args.bags]
     rows, start = [], tensor_for(model, [prompt_ids(codec, "", model, args.tokens)] * args.samples)
-    scores = topic_scores(model, bags, [codec.start])
-    for name, strength in product(bags, STRENGTHS):
-        texts = continue_texts(model, start, args.tokens, control=topic_control(model, scores[name], strength)).tolist()
-        nats = -np.mean([log_prob(model, text[:1], text[1:])[0] for text in texts]) / args.tokens
-        rows.append((name, str(strength), np.isin(texts, bags[name]).mean(), nats))
+    for name, bag, scores in zip(args.bags, bags, topic_scores(model, bags)):
+        scores[codec.start] = 0  # what starts a text speaks of no topic
+        for strength in range(len(STRENGTHS)):
+            control = topic_control(model, scores, strength)
+            texts = continue_texts(model, start, args.tokens, control=control).tolist()
+            nats = -np.mean([log_prob(model, text[:1], text[1:])[0] for text in texts]) / args.tokens
+            rows.append((name, str(strength), np.isin(texts, bag).mean(), nats))
     print(codec.decode(texts[0]))
     print_and_save(args, ("bag", "strength", "tokens in the bag", "nats a token without control"), rows)
 
@@ -1031,7 +1006,7 @@ def similarity(args):
 
     def vectors(word):  # (n_sense + 1, d), means over the word's pieces; the last is of its embedding
         ids = codec.encode(f" {word}")
-        return torch.cat((senses_of(model, ids), model.lm_head.weight[ids][:, None]), 1).mean(0)
+        return torch.cat((model.senses(ids), model.lm_head.weight[ids][:, None]), 1).mean(0)
 
     for path, pairs in sets.items():
         known = [pair for pair in pairs if codec.unknown not in codec.encode(" ".join(pair[:2]))]
