@@ -157,16 +157,13 @@ class Backpack(nn.Module):
         model = Backpack(Config(n_layer=6, n_head=6, d=384), n_sense=16)
         logits = model(ids)                       # (batch, seq) int64 → (batch, seq, n_tokens)
 
-    known: None while the weights change; after that a dict {token: senses (n_sense, d)} which keeps what was computed
-    once, and in which an edit is an entry that replaces another. divisor: of the logits; n_sense in Levanter's weights.
-    ValueError: n_sense outside 1..d.
+    n_sense: from 1 to d. known: None while the weights change; after that a dict {token: senses (n_sense, d)} which
+    keeps what was computed once, and in which an edit is an entry that replaces another.
     """
 
     def __init__(self, config, n_sense=16):
         super().__init__()
-        if not 1 <= n_sense <= config.d:
-            raise ValueError(f"Backpack: {n_sense} senses; from 1 to the width, {config.d}, are possible")
-        self.config, self.n_sense, self.divisor, self.known = config, n_sense, 1, None
+        self.config, self.n_sense, self.known = config, n_sense, None
         self.gpt = Transformer(config)
         self.lm_head = self.gpt.lm_head
         self.sense_network = SenseNetwork(config.d, n_sense)
@@ -176,10 +173,10 @@ class Backpack(nn.Module):
     def senses(self, ids):
         """ids (n,) int64, or a list → C(ids) (n, n_sense, d), edits included."""
         if self.known is None:
-            return self.sense_network(self.lm_head.weight[ids]) / self.divisor
+            return self.sense_network(self.lm_head.weight[ids])
         ids = torch.as_tensor(ids).tolist()
         if new := [i for i in ids if i not in self.known]:
-            self.known.update(zip(new, self.sense_network(self.lm_head.weight[new]) / self.divisor))
+            self.known.update(zip(new, self.sense_network(self.lm_head.weight[new])))
         return torch.stack([self.known[i] for i in ids])
 
     def parts(self, ids, cache=None):
@@ -288,13 +285,13 @@ class TransformerBlock(nn.Module):
         self.attn = nn.ModuleDict(dict(c_attn=nn.Linear(d, 3 * d), c_proj=nn.Linear(d, d)))
 
     def forward(self, x, cache=None):
-        q, k, v = self.attn["c_attn"](self.ln_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.attn.c_attn(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             if self.layer in cache:
                 k, v = (torch.cat(pair, 2) for pair in zip(cache[self.layer], (k, v)))
             cache[self.layer] = k, v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) == k.size(2), scale=self.scale)
-        x = x + self.attn["c_proj"](y.transpose(1, 2).flatten(2))
+        x = x + self.attn.c_proj(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -309,15 +306,15 @@ class Transformer(nn.Module):
             h=nn.ModuleList(TransformerBlock(d, config.n_head, i) for i in range(config.n_layer)),
             ln_f=nn.LayerNorm(d)))
         self.lm_head = nn.Linear(d, config.n_vocab, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        self.lm_head.weight = self.transformer.wte.weight
         initialise(self, config)
 
     def trunk(self, ids, cache=None):
         start = cache[0][0].size(2) if cache else 0
-        x = self.transformer["wte"](ids) + self.transformer["wpe"].weight[start : start + ids.size(1)]
-        for block in self.transformer["h"]:
+        x = self.transformer.wte(ids) + self.transformer.wpe.weight[start : start + ids.size(1)]
+        for block in self.transformer.h:
             x = block(x, cache)
-        return self.transformer["ln_f"](x)
+        return self.transformer.ln_f(x)
 
     def forward(self, ids):
         return self.lm_head(self.trunk(ids))[..., : self.config.n_tokens]
@@ -390,14 +387,14 @@ def read_safetensors(path):
     return tensors
 
 
-def from_hugging_face(path, n_head=None, divide_by_k=False):
+def from_hugging_face(path, **told):
     """stanfordnlp/backpack-gpt2 and models like it, .bin or .safetensors, with or without the copies of tied tensors
-    → Backpack in float32. What the shapes do not tell, n_head and the division by k (Levanter's), comes from the
-    arguments or from a config.json beside the file ("n_head", "divide_by_k"). ValueError: no such model."""
+    → Backpack in float32. What the shapes do not tell, n_head and divide_by_k (Levanter's senses are divided by their
+    number), comes from a config.json beside the file or from here. ValueError: no such model."""
     path, state = Path(path), {}
     weights = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    beside = path.with_name("config.json")
-    told = json.loads(beside.read_text()) if beside.exists() else {}
+    if (beside := path.with_name("config.json")).exists():
+        told = json.loads(beside.read_text()) | told
     for name, w in weights.items():
         theirs = next((theirs for theirs in HF_NAMES if name.startswith(theirs)), None)
         if theirs and not re.search(r"\.attn\.(masked_)?bias$", name):  # masks of old transformers versions
@@ -410,18 +407,18 @@ def from_hugging_face(path, n_head=None, divide_by_k=False):
     n_layer = sum(name.endswith("attn.c_attn.bias") for name in state)
     block_size = len(state["gpt.transformer.wpe.weight"])
     n_sense = len(state["sense_network.out.c_proj.bias"]) // d
-    config = Config(n_layer, n_head or told.get("n_head", d // 64), d, n_vocab, block_size)
-    model = Backpack(config, n_sense)
-    model.divisor = n_sense if divide_by_k or told.get("divide_by_k") else 1
+    if told.get("divide_by_k"):
+        for name in ("weight", "bias"):
+            state[f"sense_network.out.c_proj.{name}"] /= n_sense
+    model = Backpack(Config(n_layer, told.get("n_head", d // 64), d, n_vocab, block_size), n_sense)
     model.load_state_dict(state)
     return model
 
 
 def save_checkpoint(path, model, codec, **more):
     """Weights, tokenizer and more (known=: senses, those of edited tokens among them) for read_checkpoint."""
-    about = {name: getattr(model, name, None) for name in ("n_sense", "divisor")}
-    state = dict(config=asdict(model.config), words=codec.words, model=model.state_dict(), **about, **more)
-    torch.save(state, f"{path}.tmp")
+    about = dict(config=asdict(model.config), n_sense=getattr(model, "n_sense", 0), words=codec.words)
+    torch.save(dict(about, model=model.state_dict(), **more), f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -436,7 +433,6 @@ def read_checkpoint(path, device):
             config, n_sense = Config(**saved["config"]), saved["n_sense"]
             model = Backpack(config, n_sense) if n_sense else Transformer(config)
             model.load_state_dict(saved["model"])
-            model.divisor = saved["divisor"]
         else:
             model = from_hugging_face(path)
     except Exception as error:  # torch raises a dozen kinds for a file that is none of its own
@@ -733,10 +729,9 @@ SIZES = {  # layers, heads, width, rows, context, std: the paper's three (table 
 def new_model(codec, n_sense, *sizes):
     """A Backpack or, without senses, a Transformer; the table of embeddings is padded to a multiple of 8 rows."""
     config = replace(Config(*sizes), n_vocab=-(-codec.n_tokens // 8) * 8, n_tokens=codec.n_tokens)
-    try:
-        return Backpack(config, n_sense) if n_sense else Transformer(config)
-    except ValueError as error:
-        fail(error)
+    if not 0 <= n_sense <= config.d:
+        fail(f"{n_sense} senses: at most {config.d}, the model's width, are possible")
+    return Backpack(config, n_sense) if n_sense else Transformer(config)
 
 
 def train(args):
@@ -870,8 +865,8 @@ def demo(args):
     model, codec, loss = small_model(args, args.seed, world_text(30_000, args.seed), args.steps, n_sense=8)
     of_help, help_codec, help_loss = small_model(args, args.seed, **short)
     figures = {"loss, world": loss, "loss, help topics": help_loss,
-               "Transformer inside": small_model(args, args.seed, **short, n_sense=None)[2],
-               "Transformer of its size": small_model(args, args.seed, **short, n_sense=None, d=120)[2]}
+               "Transformer inside": small_model(args, args.seed, **short, n_sense=0)[2],
+               "Transformer of its size": small_model(args, args.seed, **short, n_sense=0, d=120)[2]}
     if rank:
         return
     words = "nurse", "mechanic", "macbook", "bread"
@@ -905,7 +900,7 @@ def ablate_k(args):
     """Table 8: the number of senses."""
     _, rank, _ = set_up(args)
     rows, text = [], help_topics()
-    for k in (1, 4, 16, None):
+    for k in (1, 4, 16, 0):
         losses = [small_model(args, args.seed + i, text, args.steps, k)[2] for i in range(args.seeds)]
         name = f"Backpack, k = {k}" if k else "Transformer inside"
         rows.append((name, np.mean(losses), np.std(losses), math.exp(np.mean(losses))))
@@ -1087,7 +1082,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Without TASK: demo.")
     parser.error = fail
     tasks = parser.add_subparsers(required=True, metavar="TASK")
-    flags = {  # default (a tuple: the choices, the first is the default) and meaning
+    flags = {  # default (a tuple: the choices, the first is the default; a list: words without a flag) and meaning
         "ckpt": ("", "a checkpoint of ours, a released .bin or .safetensors, or public (684 MB by download); without "
                  "it the demo's model, for train a new one"),
         "size": (tuple(SIZES), "of a new model; the paper: micro, mini, small"),
@@ -1109,13 +1104,19 @@ def parse_args(argv=None):
         "save": ("", "write the edited model there, for --ckpt"),
         "samples": (50, "texts a topic and strength"),
         "tokens": (20, "new tokens a text"),
+        "words": (["nurse", "mechanic"], "words to read"),
+        "texts": (["the macbook is made by", "my macbook comes from hp . my ipad comes from"],
+                  "prompts, some with the word, some with others"),
+        "bags": (["class,method,instance,attribute", "string,bytes,character,encoding"],
+                 "topics, each words with commas between"),
+        "files": ([], "eval: .txt, .json or .jsonl; similarity: tables of two words and a score"),
         "no_plot": (False, "write no figure"),
         "quiet": (False, "no progress bars"),
         "seed": (0, "of weights, data order and samples"),
         "device": ("", "cuda or cpu (without it cuda where there is one; demo, ablate_k: cpu)"),
     }
 
-    def task(function, names, *positional, **defaults):
+    def task(function, names, **defaults):
         name = "eval" if function is evaluate else function.__name__
         sub = tasks.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__)
         sub.error = fail
@@ -1125,27 +1126,25 @@ def parse_args(argv=None):
             default = defaults.get(flag, default)
             if default is False:
                 sub.add_argument(f"--{flag}", action="store_true", help=about)
+            elif isinstance(default, list):
+                sub.add_argument(flag, nargs="*" if default else "+", default=default, help=about)
             else:
                 choices, default = (default, default[0]) if isinstance(default, tuple) else (None, default)
                 sub.add_argument(f"--{flag}", type=type(default), choices=choices, default=default,
                                  help=f"{about} (%(default)s)" if default else about)
-        for what, least, about, *default in positional:
-            sub.add_argument(what, nargs=least, default=default, help=about)
         sub.set_defaults(task=function)
 
     task(demo, "steps no_plot quiet", steps=1200)
     task(train, "ckpt size n_sense tokenizer data steps batch_size micro_batch_size lr resume quiet")
     task(ablate_k, "steps seeds quiet")
-    task(senses, "ckpt", ("words", "*", "words to read", "nurse", "mechanic"))
+    task(senses, "ckpt words")
     task(attribute, "ckpt prompt target", prompt="the nurse walked in when")
     task(debias, "ckpt data save")
-    task(edit, "ckpt word remove add save", ("texts", "*", "prompts, some with the word, some with others",
-                                             "the macbook is made by", "my macbook comes from hp . my ipad comes from"))
-    task(topic, "ckpt samples tokens", ("bags", "*", "topics, each words with commas between",
-                                        "class,method,instance,attribute", "string,bytes,character,encoding"))
+    task(edit, "ckpt word remove add save texts")
+    task(topic, "ckpt samples tokens bags")
     task(sample, "ckpt prompt tokens")
-    task(similarity, "ckpt", ("files", "+", "tables of two words and a score"))
-    task(evaluate, "ckpt", ("files", "+", ".txt, .json or .jsonl"))
+    task(similarity, "ckpt files")
+    task(evaluate, "ckpt files")
     args = parser.parse_args(argv)
     for name in "steps batch_size lr seeds samples tokens".split():
         if not getattr(args, name, 1) > 0:
