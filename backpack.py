@@ -449,7 +449,7 @@ def open_model(args, default="world.pt", kind=Backpack):
     model, codec, saved = read_checkpoint(args.ckpt or f"out/backpack/demo/{default}", device)
     if not isinstance(model, kind):
         fail(f"{args.ckpt} is a Transformer: it has no senses")
-    model.known = saved.get("known") or {}
+    model.known = saved.get("known", {})
     return model.requires_grad_(False), codec
 
 
@@ -766,10 +766,13 @@ def train(args):
 # ==================================================================================== reading and editing a model
 
 
-def favoured(model, codec, word, n):
-    """For each sense of a word the n tokens to whose logits it adds most, as text (tables 1 and 3)."""
-    best = (model.senses([token(codec, word)])[0] @ model.lm_head.weight[: codec.n_tokens].T).topk(n).indices
-    return [" ".join(codec.decode([i]).strip() for i in row) for row in best.tolist()]
+def print_senses(model, codec, words, n):
+    """Tables 1 and 3: for each sense of a word the n tokens to whose logits it adds most → the rows."""
+    logits = model.senses([token(codec, word) for word in words]) @ model.lm_head.weight[: codec.n_tokens].T
+    best = logits.topk(n).indices.transpose(0, 1).tolist()  # (n_sense, words, n)
+    rows = [(str(i), *(" ".join(codec.decode([j]).strip() for j in ids) for ids in row)) for i, row in enumerate(best)]
+    print_table(("sense", *words), rows)
+    return rows
 
 
 NOUNS = (*WORLD["he"], *WORLD["she"], *(  # of the demo's world, and the paper's
@@ -869,8 +872,7 @@ def demo(args):
                "Transformer of its size": small_model(args, args.seed, **short, n_sense=0, d=120)[2]}
     if rank:
         return
-    words = "nurse", "mechanic", "macbook", "bread"
-    print_table(("sense", *words), list(zip("01234567", *(favoured(model, codec, word, 3) for word in words))))
+    print_senses(model, codec, ("nurse", "mechanic", "macbook", "bread"), 3)
     ratios, sense, _ = gender(model, codec, WORLD_PROMPTS)
     figures |= {f"bias ratio, {name}": ratio for name, ratio in ratios.items()}
     texts = [prompt.format("macbook") for prompt in MADE_BY]
@@ -911,8 +913,7 @@ def ablate_k(args):
 def senses(args):
     """Tables 1 and 3: what the senses of words say, as the tokens that each of them favours."""
     model, codec = open_model(args)
-    table = [[str(i) for i in range(model.n_sense)], *(favoured(model, codec, word, 5) for word in args.words)]
-    print_and_save(args, ("sense", *args.words), list(zip(*table)))
+    save_results(args.out, args, table=print_senses(model, codec, args.words, 5))
 
 
 def attribute(args):
@@ -1004,12 +1005,12 @@ def similarity(args):
         return torch.cat((model.senses(ids), model.lm_head.weight[ids][:, None]), 1).mean(0)
 
     for path, pairs in sets.items():
-        known = [pair for pair in pairs if codec.unknown not in codec.encode(" ".join(pair[:2]))]
-        found = [[*F.cosine_similarity(vectors(a), vectors(b), dim=-1).tolist(), score] for a, b, score in known]
+        found = [(*F.cosine_similarity(vectors(a), vectors(b), dim=-1).tolist(), score) for a, b, score in pairs
+                 if codec.unknown not in codec.encode(f"{a} {b}")]
         *columns, scores = np.array(found).reshape(-1, model.n_sense + 2).T
         *by_sense, embedding = [spearman(column, scores) for column in columns]
         best = best if rows else int(np.argmax(by_sense))
-        rows.append((path, len(known), len(pairs), embedding, by_sense[best]))
+        rows.append((path, len(found), len(pairs), embedding, by_sense[best]))
     header = "Spearman correlation", "pairs found", "of", "embedding", f"sense {best}, best for the first"
     print_and_save(args, header, rows)
 
