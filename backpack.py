@@ -737,13 +737,12 @@ def new_model(codec, n_sense, *sizes):
 def train(args):
     """Section 3.1: the paper's recipe, for a Backpack or the Transformer inside it, or from --ckpt on: fine-tuning."""
     device, rank, _ = set_up(args)
-    path, saved, history = args.out / "model.pt", {}, []
+    path, model, saved, history = args.out / "model.pt", None, {}, []
+    codec = Codec() if args.tokenizer == "gpt2" else None
     if args.ckpt or args.resume:
         model, codec, saved = read_checkpoint(path if args.resume else args.ckpt, device)
-        ids, val_ids, codec = load_data(args.data, codec)
-    else:
-        ids, val_ids, codec = load_data(args.data, Codec() if args.tokenizer == "gpt2" else None)
-        model = new_model(codec, args.n_sense, *SIZES[args.size]).to(device)
+    ids, val_ids, codec = load_data(args.data, codec)
+    model = model or new_model(codec, args.n_sense, *SIZES[args.size]).to(device)
     if saved.get("known"):
         fail(f"--ckpt {args.ckpt} has edited senses, which training would forget")
     opt, first = adamw(model, args.lr), 0
