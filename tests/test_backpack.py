@@ -343,7 +343,8 @@ def test_ablate_and_demo_in_small(tmp_path, monkeypatch):
     assert len(here("ablate_k", "--steps", 2, "--seeds", 1, "--quiet")["table"]) == 4
     assert here("demo", "--steps", 4, "--quiet")["bias ratio, sense removed"] > 1
     assert Path("out/backpack/demo/demo.png").stat().st_size > 10_000
-    here("senses", "nurse")  # the demo's model is the default
+    table = here("senses", "nurse", "hp")["table"]  # the demo's model is the default
+    assert [[len(cell.split()) for cell in row] for row in table] == [[1, 5, 5]] * 8
     here("train", "--ckpt", "out/backpack/demo/help.pt", "--steps", 1, "--quiet")  # it can be trained on
 
 
