@@ -663,7 +663,7 @@ def load_data(data, codec):
     return read_tokens(Path(data) / "train.bin"), read_tokens(Path(data) / "val.bin"), codec
 
 
-def windows(model, ids, starts):
+def windows_at(model, ids, starts):
     """The model's context of ids from each start, and the ids that follow: (len(starts), seq) int64 each."""
     rows = np.stack([ids[start : start + model.config.block_size + 1] for start in starts])
     rows = tensor_for(model, rows.astype(np.int64))
@@ -679,7 +679,7 @@ def mean_loss(model, ids, at_most=256):
     seq = model.config.block_size
     starts = range(0, len(ids) - seq, seq)
     starts = starts[:: -(-len(starts) // at_most)]
-    return float(torch.stack([loss_of(model, *windows(model, ids, [start])) for start in starts]).mean())
+    return float(torch.stack([loss_of(model, *windows_at(model, ids, [start])) for start in starts]).mean())
 
 
 def adamw(model, lr):
@@ -708,7 +708,7 @@ def training(model, opt, ids, steps, batch, seed, micro=None, first=0, quiet=Fal
             draws = [np.random.default_rng((seed, step, sequence)) for sequence in range(i, i + micro)]
             starts = [rng.integers(len(ids) - model.config.block_size) for rng in draws]
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                loss = loss_fn(model, *windows(model, ids, starts)) * (micro / batch)
+                loss = loss_fn(model, *windows_at(model, ids, starts)) * (micro / batch)
             loss.backward()
             total += loss.detach()
         if world > 1:

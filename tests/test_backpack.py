@@ -324,7 +324,7 @@ def test_train_fine_tune_resume_and_ranks(tmp_path, monkeypatch):
 
 def test_a_step_as_on_a_gpu():
     model = Backpack(Config(1, 2, 16, 256, 32), 4)
-    opt, ids = bp.adamw(model, 1e-2), bp.windows(model, np.arange(999) % 7, (0, 3))
+    opt, ids = bp.adamw(model, 1e-2), bp.windows_at(model, np.arange(999) % 7, (0, 3))
     assert [len(group["params"]) for group in opt.param_groups] == [23, 9]  # the linear layers' weights decay
     losses = []
     for _ in range(8):
