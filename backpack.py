@@ -74,7 +74,6 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -158,16 +157,13 @@ class Backpack(nn.Module):
         model = Backpack(Config(n_layer=6, n_head=6, d=384), n_sense=16)
         logits = model(ids)                       # (batch, seq) int64 → (batch, seq, n_tokens)
 
-    known: None while the weights change; after that a dict {token: senses (n_sense, d)} which keeps what was computed
-    once, and in which an edit is an entry that replaces another. divisor: of the logits; n_sense in Levanter's weights.
-    ValueError: n_sense outside 1..d.
+    n_sense: from 1 to d. known: None while the weights change; after that a dict {token: senses (n_sense, d)} which
+    keeps what was computed once, and in which an edit is an entry that replaces another.
     """
 
     def __init__(self, config, n_sense=16):
         super().__init__()
-        if not 1 <= n_sense <= config.d:
-            raise ValueError(f"Backpack: {n_sense} senses; from 1 to the width, {config.d}, are possible")
-        self.config, self.n_sense, self.divisor, self.known = config, n_sense, 1, None
+        self.config, self.n_sense, self.known = config, n_sense, None
         self.gpt = Transformer(config)
         self.lm_head = self.gpt.lm_head
         self.sense_network = SenseNetwork(config.d, n_sense)
@@ -175,12 +171,13 @@ class Backpack(nn.Module):
         initialise(self, config)
 
     def senses(self, ids):
-        """ids (n,) int64 → C(ids) (n, n_sense, d), edits included."""
+        """ids (n,) int64, or a list → C(ids) (n, n_sense, d), edits included."""
         if self.known is None:
-            return self.sense_network(self.lm_head.weight[ids]) / self.divisor
-        if new := [i for i in ids.tolist() if i not in self.known]:
-            self.known.update(zip(new, self.sense_network(self.lm_head.weight[new]) / self.divisor))
-        return torch.stack([self.known[i] for i in ids.tolist()])
+            return self.sense_network(self.lm_head.weight[ids])
+        ids = torch.as_tensor(ids).tolist()
+        if new := [i for i in ids if i not in self.known]:
+            self.known.update(zip(new, self.sense_network(self.lm_head.weight[new])))
+        return torch.stack([self.known[i] for i in ids])
 
     def parts(self, ids, cache=None):
         """→ the arguments of sense_mix, and all ids. A cache keeps, as "senses", their keys and the ids so far."""
@@ -241,24 +238,20 @@ def swapped(senses, removed, added):
     return senses + (senses @ removed / r2)[:, None] * (added * (r2 / a2) - removed)
 
 
-STRENGTHS = {0: (1, 1, 1, 1), 1: (1.5, 1.5, 1.3, 1), 2: (2.2, 2.2, 1.5, 1), 3: (3.3, 3.3, 3, 1)}  # δ; appendix D
+STRENGTHS = (1, 1, 1, 1), (1.5, 1.5, 1.3, 1), (2.2, 2.2, 1.5, 1), (3.3, 3.3, 3, 1)  # δ for 0 … 3; appendix D
 
 
 @torch.no_grad()
-def topic_scores(model, bags, silent=()):
+def topic_scores(model, bags):
     """How much a sense speaks of a bag of tokens: Σ_{w in bag} (E·C)_w / max_v (E·C)_v. One pass over the vocabulary.
 
-    bags {name: tokens} → {name: (n_tokens, n_sense)}, 0 for the tokens `silent`.
+    bags: lists of tokens → for each of them (n_tokens, n_sense).
     """
-    E, found = model.lm_head.weight[: model.config.n_tokens], {name: [] for name in bags}
+    E, found = model.lm_head.weight[: model.config.n_tokens], []
     for rows in E.split(64):
         logits = model.sense_network(rows) @ E.T  # (64, n_sense, n_tokens)
-        for name, bag in bags.items():
-            found[name].append(logits[..., list(bag)].sum(-1) / logits.amax(-1))
-    scores = {name: torch.cat(parts) for name, parts in found.items()}
-    for score in scores.values():
-        score[list(silent)] = 0
-    return scores
+        found.append([logits[..., bag].sum(-1) / logits.amax(-1) for bag in bags])
+    return [torch.cat(parts) for parts in zip(*found)]
 
 
 def topic_control(model, scores, strength):
@@ -292,13 +285,13 @@ class TransformerBlock(nn.Module):
         self.attn = nn.ModuleDict(dict(c_attn=nn.Linear(d, 3 * d), c_proj=nn.Linear(d, d)))
 
     def forward(self, x, cache=None):
-        q, k, v = self.attn["c_attn"](self.ln_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.attn.c_attn(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             if self.layer in cache:
                 k, v = (torch.cat(pair, 2) for pair in zip(cache[self.layer], (k, v)))
             cache[self.layer] = k, v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) == k.size(2), scale=self.scale)
-        x = x + self.attn["c_proj"](y.transpose(1, 2).flatten(2))
+        x = x + self.attn.c_proj(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -313,15 +306,15 @@ class Transformer(nn.Module):
             h=nn.ModuleList(TransformerBlock(d, config.n_head, i) for i in range(config.n_layer)),
             ln_f=nn.LayerNorm(d)))
         self.lm_head = nn.Linear(d, config.n_vocab, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        self.lm_head.weight = self.transformer.wte.weight
         initialise(self, config)
 
     def trunk(self, ids, cache=None):
         start = cache[0][0].size(2) if cache else 0
-        x = self.transformer["wte"](ids) + self.transformer["wpe"].weight[start : start + ids.size(1)]
-        for block in self.transformer["h"]:
+        x = self.transformer.wte(ids) + self.transformer.wpe.weight[start : start + ids.size(1)]
+        for block in self.transformer.h:
             x = block(x, cache)
-        return self.transformer["ln_f"](x)
+        return self.transformer.ln_f(x)
 
     def forward(self, ids):
         return self.lm_head(self.trunk(ids))[..., : self.config.n_tokens]
@@ -394,14 +387,14 @@ def read_safetensors(path):
     return tensors
 
 
-def from_hugging_face(path, n_head=None, divide_by_k=False):
+def from_hugging_face(path, **told):
     """stanfordnlp/backpack-gpt2 and models like it, .bin or .safetensors, with or without the copies of tied tensors
-    → Backpack in float32. What the shapes do not tell, n_head and the division by k (Levanter's), comes from the
-    arguments or from a config.json beside the file ("n_head", "divide_by_k"). ValueError: no such model."""
+    → Backpack in float32. What the shapes do not tell, n_head and divide_by_k (Levanter's senses are divided by their
+    number), comes from a config.json beside the file or from here. ValueError: no such model."""
     path, state = Path(path), {}
     weights = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    beside = path.with_name("config.json")
-    told = json.loads(beside.read_text()) if beside.exists() else {}
+    if (beside := path.with_name("config.json")).exists():
+        told = json.loads(beside.read_text()) | told
     for name, w in weights.items():
         theirs = next((theirs for theirs in HF_NAMES if name.startswith(theirs)), None)
         if theirs and not re.search(r"\.attn\.(masked_)?bias$", name):  # masks of old transformers versions
@@ -414,18 +407,18 @@ def from_hugging_face(path, n_head=None, divide_by_k=False):
     n_layer = sum(name.endswith("attn.c_attn.bias") for name in state)
     block_size = len(state["gpt.transformer.wpe.weight"])
     n_sense = len(state["sense_network.out.c_proj.bias"]) // d
-    config = Config(n_layer, n_head or told.get("n_head", d // 64), d, n_vocab, block_size)
-    model = Backpack(config, n_sense)
-    model.divisor = n_sense if divide_by_k or told.get("divide_by_k") else 1
+    if told.get("divide_by_k"):
+        for name in ("weight", "bias"):
+            state[f"sense_network.out.c_proj.{name}"] /= n_sense
+    model = Backpack(Config(n_layer, told.get("n_head", d // 64), d, n_vocab, block_size), n_sense)
     model.load_state_dict(state)
     return model
 
 
 def save_checkpoint(path, model, codec, **more):
-    """Weights, tokenizer and known senses, those of edited tokens among them, for read_checkpoint."""
-    about = {name: getattr(model, name, None) for name in ("n_sense", "divisor", "known")}
-    state = dict(config=asdict(model.config), words=codec.words, model=model.state_dict(), **about, **more)
-    torch.save(state, f"{path}.tmp")
+    """Weights, tokenizer and more (known=: senses, those of edited tokens among them) for read_checkpoint."""
+    about = dict(config=asdict(model.config), n_sense=getattr(model, "n_sense", 0), words=codec.words)
+    torch.save(dict(about, model=model.state_dict(), **more), f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -440,7 +433,6 @@ def read_checkpoint(path, device):
             config, n_sense = Config(**saved["config"]), saved["n_sense"]
             model = Backpack(config, n_sense) if n_sense else Transformer(config)
             model.load_state_dict(saved["model"])
-            model.divisor = saved["divisor"]
         else:
             model = from_hugging_face(path)
     except Exception as error:  # torch raises a dozen kinds for a file that is none of its own
@@ -457,7 +449,7 @@ def open_model(args, default="world.pt", kind=Backpack):
     model, codec, saved = read_checkpoint(args.ckpt or f"out/backpack/demo/{default}", device)
     if not isinstance(model, kind):
         fail(f"{args.ckpt} is a Transformer: it has no senses")
-    model.known = saved.get("known") or {}
+    model.known = saved.get("known", {})
     return model.requires_grad_(False), codec
 
 
@@ -671,12 +663,10 @@ def load_data(data, codec):
     return read_tokens(Path(data) / "train.bin"), read_tokens(Path(data) / "val.bin"), codec
 
 
-def get_windows(model, ids, sequences, *counter):
-    """Windows of ids and of the ids that follow, (sequences, seq) int64 each. Sequence i depends on (counter, i)
-    alone: the data are the same whatever the micro-batch and the number of ranks."""
-    seq = model.config.block_size
-    starts = [np.random.default_rng((*counter, i)).integers(len(ids) - seq) for i in sequences]
-    rows = tensor_for(model, np.stack([ids[i : i + seq + 1] for i in starts]).astype(np.int64))
+def windows_at(model, ids, starts):
+    """The model's context of ids from each start, and the ids that follow: (len(starts), seq) int64 each."""
+    rows = np.stack([ids[start : start + model.config.block_size + 1] for start in starts])
+    rows = tensor_for(model, rows.astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -689,8 +679,7 @@ def mean_loss(model, ids, at_most=256):
     seq = model.config.block_size
     starts = range(0, len(ids) - seq, seq)
     starts = starts[:: -(-len(starts) // at_most)]
-    rows = tensor_for(model, np.stack([ids[i : i + seq + 1] for i in starts]).astype(np.int64))
-    return float(torch.stack([loss_of(model, row[None, :-1], row[None, 1:]) for row in rows]).mean())
+    return float(torch.stack([loss_of(model, *windows_at(model, ids, [start])) for start in starts]).mean())
 
 
 def adamw(model, lr):
@@ -701,24 +690,25 @@ def adamw(model, lr):
     return torch.optim.AdamW(groups, lr, (0.9, 0.999), fused=True)
 
 
-def training(model, opt, ids, steps, batch, seed, micro=None, first=0, name="train", quiet=False):
+def training(model, opt, ids, steps, batch, seed, micro=None, first=0, quiet=False):
     """The paper's recipe: gradients clipped at 1, warm-up over 5 % of the steps, then linear to 0. Yields (step, loss)
     after every update, so that the caller saves, stops, prints. batch: sequences an update, over all ranks; micro: a
-    forward pass."""
+    forward pass. Sequence i of a step is the same whatever the micro-batch and the number of ranks."""
     device, peak, warmup = model.lm_head.weight.device, opt.defaults["lr"], steps // 20
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     micro, on_gpu = micro or batch // world or 1, device.type == "cuda"
     if batch % (micro * world):
         fail(f"{batch} sequences an update are not a multiple of {micro} a forward pass × {world} ranks")
     loss_fn = torch.compile(loss_of) if on_gpu else loss_of
-    for step in tqdm(range(first, steps), name, steps, initial=first, disable=quiet or rank > 0):
+    for step in tqdm(range(first, steps), "train", steps, initial=first, disable=quiet or rank > 0):
         for group in opt.param_groups:
             group["lr"] = peak * min((step + 1) / max(warmup, 1), (steps - step) / (steps - warmup))
         total = torch.zeros((), device=device)
         for i in range(rank * micro, batch, world * micro):
-            x, y = get_windows(model, ids, range(i, i + micro), seed, step)
+            draws = [np.random.default_rng((seed, step, sequence)) for sequence in range(i, i + micro)]
+            starts = [rng.integers(len(ids) - model.config.block_size) for rng in draws]
             with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                loss = loss_fn(model, x, y) * (micro / batch)
+                loss = loss_fn(model, *windows_at(model, ids, starts)) * (micro / batch)
             loss.backward()
             total += loss.detach()
         if world > 1:
@@ -739,22 +729,20 @@ SIZES = {  # layers, heads, width, rows, context, std: the paper's three (table 
 def new_model(codec, n_sense, *sizes):
     """A Backpack or, without senses, a Transformer; the table of embeddings is padded to a multiple of 8 rows."""
     config = replace(Config(*sizes), n_vocab=-(-codec.n_tokens // 8) * 8, n_tokens=codec.n_tokens)
-    try:
-        return Backpack(config, n_sense) if n_sense else Transformer(config)
-    except ValueError as error:
-        fail(error)
+    if not 0 <= n_sense <= config.d:
+        fail(f"{n_sense} senses: at most {config.d}, the model's width, are possible")
+    return Backpack(config, n_sense) if n_sense else Transformer(config)
 
 
 def train(args):
     """Section 3.1: the paper's recipe, for a Backpack or the Transformer inside it, or from --ckpt on: fine-tuning."""
-    device, rank, world = set_up(args)
-    path, saved, history = args.out / "model.pt", {}, []
+    device, rank, _ = set_up(args)
+    path, model, saved, history = args.out / "model.pt", None, {}, []
+    codec = Codec() if args.tokenizer == "gpt2" else None
     if args.ckpt or args.resume:
         model, codec, saved = read_checkpoint(path if args.resume else args.ckpt, device)
-        ids, val_ids, codec = load_data(args.data, codec)
-    else:
-        ids, val_ids, codec = load_data(args.data, Codec() if args.tokenizer == "gpt2" else None)
-        model = new_model(codec, args.n_sense, *SIZES[args.size]).to(device)
+    ids, val_ids, codec = load_data(args.data, codec)
+    model = model or new_model(codec, args.n_sense, *SIZES[args.size]).to(device)
     if saved.get("known"):
         fail(f"--ckpt {args.ckpt} has edited senses, which training would forget")
     opt, first = adamw(model, args.lr), 0
@@ -772,22 +760,18 @@ def train(args):
         loss = mean_loss(model, val_ids)
         print(f"validation loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}\n{path}")
         save_results(args.out, args, loss=loss, history=history)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 # ==================================================================================== reading and editing a model
 
 
-def senses_of(model, ids):
-    return model.senses(tensor_for(model, ids))
-
-
-def favoured(model, codec, word, n):
-    """For each sense of a word the n tokens to whose logits it adds most, as text (tables 1 and 3)."""
-    best = (senses_of(model, [token(codec, word)])[0] @ model.lm_head.weight[: codec.n_tokens].T).topk(n).indices
-    return [" ".join(codec.decode([i]).strip() for i in row) for row in best.tolist()]
+def print_senses(model, codec, words, n):
+    """Tables 1 and 3: for each sense of a word the n tokens to whose logits it adds most → the rows."""
+    logits = model.senses([token(codec, word) for word in words]) @ model.lm_head.weight[: codec.n_tokens].T
+    best = logits.topk(n).indices.transpose(0, 1).tolist()  # (n_sense, words, n)
+    rows = [(str(i), *(" ".join(codec.decode([j]).strip() for j in ids) for ids in row)) for i, row in enumerate(best)]
+    print_table(("sense", *words), rows)
+    return rows
 
 
 NOUNS = (*WORLD["he"], *WORLD["she"], *(  # of the demo's world, and the paper's
@@ -798,30 +782,25 @@ NOUNS = (*WORLD["he"], *WORLD["she"], *(  # of the demo's world, and the paper's
 WORLD_PROMPTS = [(prompt.format(noun), " he", " she") for noun in NOUNS[:10] for prompt in PERSON]
 
 
-def pronoun_prompts(codec, rows):
-    """rows (prefix, pronoun, pronoun) → to fit on and to test on, every other one of a noun, each a list of (noun, its
-    ids, prompt ids, the pronouns' ids)."""
-    prompts = {}
+def pronoun_parts(model, codec, rows):
+    """Prompts (prefix, pronoun, pronoun) → their nouns (n,), which prompts to fit on (every other one of a noun), log
+    P(he)/P(she) after each (n,) and what its noun's senses add to that (n, n_sense).
+
+    Logits are linear in the senses: with a factor w on sense l of the noun the gap is gap + (w − 1)·part[:, l].
+    """
+    E, found, seen = model.lm_head.weight, [], Counter()
     for prefix, *pronouns in rows:
         ids, words = [codec.start, *codec.encode(prefix)], WORD.findall(prefix)
         noun = next((noun for noun in NOUNS if noun in words), None)
         if noun and codec.unknown not in ids:
             he, she = (token(codec, pronoun.strip()) for pronoun in pronouns)
-            prompts.setdefault(noun, []).append((noun, codec.encode(f" {noun}"), ids, he, she))
-    fit, test = ([prompt for some in prompts.values() for prompt in some[first::2]] for first in (1, 0))
-    print(len(fit + test), "of", len(rows), "prompts; others have no noun of the paper's or words unknown here")
-    return (fit, test) if fit else fail("no noun has two prompts, one to fit and one to test")
-
-
-def pronoun_parts(model, prompts):
-    """log P(he)/P(she) after each, and what its noun's senses add to that → (gap (n,), part (n, n_sense)).
-
-    Logits are linear in the senses: with a factor w on sense l of the noun the gap is gap + (w − 1)·part[:, l].
-    """
-    E, found = model.lm_head.weight, []
-    for _, noun_ids, ids, he, she in prompts:
-        added = attribution(model, ids, E[he] - E[she]).double().cpu().numpy()  # (seq, n_sense)
-        found.append((added.sum(), added[np.isin(ids, noun_ids)].sum(0)))
+            added = attribution(model, ids, E[he] - E[she]).double().cpu().numpy()  # (seq, n_sense)
+            of_noun = added[np.isin(ids, codec.encode(f" {noun}"))].sum(0)
+            found.append((noun, seen[noun] % 2 == 1, added.sum(), of_noun))
+            seen[noun] += 1
+    print(len(found), "of", len(rows), "prompts; others have no noun of the paper's or words unknown here")
+    if max(seen.values(), default=0) < 2:
+        fail("no noun has two prompts, one to fit and one to test")
     return map(np.array, zip(*found))
 
 
@@ -830,33 +809,31 @@ def bias_ratio(gap):
     return float(np.exp(np.abs(gap)).mean())
 
 
-def gender(model, fit, test):
+def gender(model, codec, rows):
     """Table 5: on some prompts the sense that carries gender is located and a factor on it fitted for each noun; the
     ratios are of other prompts. → (ratios, the sense, the edit {token: senses} that removes it). "All senses projected"
     is the simple way, which locates nothing: no sense of the noun keeps what lies along E_he − E_she."""
-    (gap, part), (test_gap, test_part) = pronoun_parts(model, fit), pronoun_parts(model, test)
-    sense = int(np.argmin([bias_ratio(gap - column) for column in part.T]))
-    w, factors = np.linspace(-3, 3, 1201), {}  # a grid; the authors: Nelder-Mead
-    for noun in {noun for noun, *_ in fit}:
-        mine = [other == noun for other, *_ in fit]
+    nouns, fit, gap, part = pronoun_parts(model, codec, rows)
+    sense = int(np.argmin([bias_ratio(gap[fit] - column) for column in part[fit].T]))
+    w, change = np.linspace(-3, 3, 1201), np.zeros(len(gap))  # a grid; the authors: Nelder-Mead
+    for noun in set(nouns[fit]):
+        mine = fit & (nouns == noun)
         ratio = np.exp(np.abs(gap[mine, None] + part[mine, sense, None] * (w - 1))).mean(0)
-        factors[noun] = float(w[np.argmin(ratio + np.abs(1 - w))])
-    change = np.array([factors.get(noun, 1.0) - 1 for noun, *_ in test])
-    each = [bias_ratio(test_gap - column) for column in test_part.T]
-    edit = {i: senses_of(model, [i])[0].clone() for _, noun_ids, *_ in test for i in noun_ids}
+        change[nouns == noun] = w[np.argmin(ratio + np.abs(1 - w))] - 1
+    gap, part, change = gap[~fit], part[~fit], change[~fit]
+    each = [bias_ratio(gap - column) for column in part.T]
+    edit = {i: model.senses([i])[0].clone() for noun in nouns for i in codec.encode(f" {noun}")}
     for senses in edit.values():
         senses[sense] = 0
-    return {"unchanged": bias_ratio(test_gap), "sense removed": each.pop(sense), "the best other removed": min(each),
-            "all senses projected": bias_ratio(test_gap - test_part.sum(1)),
-            "a factor for each noun": bias_ratio(test_gap + test_part[:, sense] * change)}, sense, edit
+    return {"unchanged": bias_ratio(gap), "sense removed": each.pop(sense), "the best other removed": min(each),
+            "all senses projected": bias_ratio(gap - part.sum(1)),
+            "a factor for each noun": bias_ratio(gap + part[:, sense] * change)}, sense, edit
 
 
 def edit_fact(model, codec, word, remove, add, texts):
     """Table 6, the swap of a word's senses → (rows (text, P(remove), P(add), both after the edit), the edit)."""
     at, *pair = (token(codec, name) for name in (word, remove, add))
-    if pair[0] == pair[1]:
-        fail(f"{remove!r} and {add!r} are one token: nothing to edit")
-    edit = {at: swapped(senses_of(model, [at])[0], *model.lm_head.weight[pair])}
+    edit = {at: swapped(model.senses([at])[0], *model.lm_head.weight[pair])}
     p = lambda text: [math.exp(log_prob(model, prompt_ids(codec, text, model), [i])[0]) for i in pair]
     before = [p(text) for text in texts]
     with edited(model, edit):
@@ -885,21 +862,17 @@ def small_model(args, seed, text, steps, n_sense=16, d=64):
 
 def demo(args):
     """The paper's claims in small: losses beside Transformers', senses read, one sense removed, one fact changed."""
-    _, rank, world = set_up(args)
+    _, rank, _ = set_up(args)
     short = dict(text=help_topics(), steps=args.steps // 3)
     model, codec, loss = small_model(args, args.seed, world_text(30_000, args.seed), args.steps, n_sense=8)
     of_help, help_codec, help_loss = small_model(args, args.seed, **short)
     figures = {"loss, world": loss, "loss, help topics": help_loss,
-               "Transformer inside": small_model(args, args.seed, **short, n_sense=None)[2],
-               "Transformer of its size": small_model(args, args.seed, **short, n_sense=None, d=120)[2]}
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+               "Transformer inside": small_model(args, args.seed, **short, n_sense=0)[2],
+               "Transformer of its size": small_model(args, args.seed, **short, n_sense=0, d=120)[2]}
     if rank:
         return
-    words = "nurse", "mechanic", "macbook", "bread"
-    print_table(("sense", *words), list(zip("01234567", *(favoured(model, codec, word, 3) for word in words))))
-    ratios, sense, _ = gender(model, *pronoun_prompts(codec, WORLD_PROMPTS))
+    print_senses(model, codec, ("nurse", "mechanic", "macbook", "bread"), 3)
+    ratios, sense, _ = gender(model, codec, WORLD_PROMPTS)
     figures |= {f"bias ratio, {name}": ratio for name, ratio in ratios.items()}
     texts = [prompt.format("macbook") for prompt in MADE_BY]
     texts += [f"{texts[0]} hp . {prompt.format(word)}" for word in ("iphone", "ipad") for prompt in MADE_BY]
@@ -915,7 +888,7 @@ def demo(args):
     def draw(fig):
         ax, E, nouns = fig.subplots(), model.lm_head.weight, NOUNS[:10]
         direction = E[token(codec, "he")] - E[token(codec, "she")]
-        values = (senses_of(model, [token(codec, noun) for noun in nouns]) @ direction).cpu()  # (nouns, n_sense)
+        values = (model.senses([token(codec, noun) for noun in nouns]) @ direction).cpu()  # (nouns, n_sense)
         largest = values.abs().max()
         fig.colorbar(ax.imshow(values, "RdBu_r", vmin=-largest, vmax=largest, aspect="auto"))
         ax.set_yticks(range(len(nouns)), nouns)
@@ -926,24 +899,20 @@ def demo(args):
 
 def ablate_k(args):
     """Table 8: the number of senses."""
-    _, rank, world = set_up(args)
+    _, rank, _ = set_up(args)
     rows, text = [], help_topics()
-    for k in (1, 4, 16, None):
+    for k in (1, 4, 16, 0):
         losses = [small_model(args, args.seed + i, text, args.steps, k)[2] for i in range(args.seeds)]
         name = f"Backpack, k = {k}" if k else "Transformer inside"
         rows.append((name, np.mean(losses), np.std(losses), math.exp(np.mean(losses))))
     if rank == 0:
         print_and_save(args, ("Python's help topics", "validation loss", "± sd", "perplexity"), rows)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def senses(args):
     """Tables 1 and 3: what the senses of words say, as the tokens that each of them favours."""
     model, codec = open_model(args)
-    table = [[str(i) for i in range(model.n_sense)], *(favoured(model, codec, word, 5) for word in args.words)]
-    print_and_save(args, ("sense", *args.words), list(zip(*table)))
+    save_results(args.out, args, table=print_senses(model, codec, args.words, 5))
 
 
 def attribute(args):
@@ -959,7 +928,7 @@ def debias(args):
     """Section 6.2, table 5: how much likelier one pronoun is than the other, and what one sense has to do with it."""
     rows = read_json_lines(args.data) if args.data else WORLD_PROMPTS
     model, codec = open_model(args)
-    ratios, sense, change = gender(model, *pronoun_prompts(codec, rows))
+    ratios, sense, change = gender(model, codec, rows)
     save_edited(args, model, codec, change)
     print_and_save(args, (f"bias ratio, sense {sense}", ""), list(ratios.items()))
 
@@ -975,21 +944,22 @@ def edit(args):
 def save_edited(args, model, codec, edits):
     """--save."""
     if args.save:
-        with edited(model, edits):
-            save_checkpoint(args.save, model, codec)
+        save_checkpoint(args.save, model, codec, known=model.known | edits)
         print(args.save)
 
 
 def topic(args):
     """Section 6.1: generate about a topic by making senses heavier that speak of it; what it costs."""
     model, codec = open_model(args, "help.pt")
-    bags = {bag: [token(codec, word) for word in bag.split(",")] for bag in args.bags}
+    bags = [[token(codec, word) for word in bag.split(",")] for bag in args.bags]
     rows, start = [], tensor_for(model, [prompt_ids(codec, "", model, args.tokens)] * args.samples)
-    scores = topic_scores(model, bags, [codec.start])
-    for name, strength in product(bags, STRENGTHS):
-        texts = continue_texts(model, start, args.tokens, control=topic_control(model, scores[name], strength)).tolist()
-        nats = -np.mean([log_prob(model, text[:1], text[1:])[0] for text in texts]) / args.tokens
-        rows.append((name, str(strength), np.isin(texts, bags[name]).mean(), nats))
+    for name, bag, scores in zip(args.bags, bags, topic_scores(model, bags)):
+        scores[codec.start] = 0  # what starts a text speaks of no topic
+        for strength in range(len(STRENGTHS)):
+            control = topic_control(model, scores, strength)
+            texts = continue_texts(model, start, args.tokens, control=control).tolist()
+            nats = -np.mean([log_prob(model, text[:1], text[1:])[0] for text in texts]) / args.tokens
+            rows.append((name, str(strength), np.isin(texts, bag).mean(), nats))
     print(codec.decode(texts[0]))
     print_and_save(args, ("bag", "strength", "tokens in the bag", "nats a token without control"), rows)
 
@@ -1031,15 +1001,15 @@ def similarity(args):
 
     def vectors(word):  # (n_sense + 1, d), means over the word's pieces; the last is of its embedding
         ids = codec.encode(f" {word}")
-        return torch.cat((senses_of(model, ids), model.lm_head.weight[ids][:, None]), 1).mean(0)
+        return torch.cat((model.senses(ids), model.lm_head.weight[ids][:, None]), 1).mean(0)
 
     for path, pairs in sets.items():
-        known = [pair for pair in pairs if codec.unknown not in codec.encode(" ".join(pair[:2]))]
-        found = [[*F.cosine_similarity(vectors(a), vectors(b), dim=-1).tolist(), score] for a, b, score in known]
+        found = [(*F.cosine_similarity(vectors(a), vectors(b), dim=-1).tolist(), score) for a, b, score in pairs
+                 if codec.unknown not in codec.encode(f"{a} {b}")]
         *columns, scores = np.array(found).reshape(-1, model.n_sense + 2).T
         *by_sense, embedding = [spearman(column, scores) for column in columns]
         best = best if rows else int(np.argmax(by_sense))
-        rows.append((path, len(known), len(pairs), embedding, by_sense[best]))
+        rows.append((path, len(found), len(pairs), embedding, by_sense[best]))
     header = "Spearman correlation", "pairs found", "of", "embedding", f"sense {best}, best for the first"
     print_and_save(args, header, rows)
 
@@ -1112,7 +1082,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Without TASK: demo.")
     parser.error = fail
     tasks = parser.add_subparsers(required=True, metavar="TASK")
-    flags = {  # default (a tuple: the choices, the first is the default) and meaning
+    flags = {  # default (a tuple: the choices, the first is the default; a list: words without a flag) and meaning
         "ckpt": ("", "a checkpoint of ours, a released .bin or .safetensors, or public (684 MB by download); without "
                  "it the demo's model, for train a new one"),
         "size": (tuple(SIZES), "of a new model; the paper: micro, mini, small"),
@@ -1134,13 +1104,19 @@ def parse_args(argv=None):
         "save": ("", "write the edited model there, for --ckpt"),
         "samples": (50, "texts a topic and strength"),
         "tokens": (20, "new tokens a text"),
+        "words": (["nurse", "mechanic"], "words to read"),
+        "texts": (["the macbook is made by", "my macbook comes from hp . my ipad comes from"],
+                  "prompts, some with the word, some with others"),
+        "bags": (["class,method,instance,attribute", "string,bytes,character,encoding"],
+                 "topics, each words with commas between"),
+        "files": ([], "eval: .txt, .json or .jsonl; similarity: tables of two words and a score"),
         "no_plot": (False, "write no figure"),
         "quiet": (False, "no progress bars"),
         "seed": (0, "of weights, data order and samples"),
         "device": ("", "cuda or cpu (without it cuda where there is one; demo, ablate_k: cpu)"),
     }
 
-    def task(function, names, *positional, **defaults):
+    def task(function, names, **defaults):
         name = "eval" if function is evaluate else function.__name__
         sub = tasks.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__)
         sub.error = fail
@@ -1150,27 +1126,25 @@ def parse_args(argv=None):
             default = defaults.get(flag, default)
             if default is False:
                 sub.add_argument(f"--{flag}", action="store_true", help=about)
+            elif isinstance(default, list):
+                sub.add_argument(flag, nargs="*" if default else "+", default=default, help=about)
             else:
                 choices, default = (default, default[0]) if isinstance(default, tuple) else (None, default)
                 sub.add_argument(f"--{flag}", type=type(default), choices=choices, default=default,
                                  help=f"{about} (%(default)s)" if default else about)
-        for what, least, about, *default in positional:
-            sub.add_argument(what, nargs=least, default=default, help=about)
         sub.set_defaults(task=function)
 
     task(demo, "steps no_plot quiet", steps=1200)
     task(train, "ckpt size n_sense tokenizer data steps batch_size micro_batch_size lr resume quiet")
     task(ablate_k, "steps seeds quiet")
-    task(senses, "ckpt", ("words", "*", "words to read", "nurse", "mechanic"))
+    task(senses, "ckpt words")
     task(attribute, "ckpt prompt target", prompt="the nurse walked in when")
     task(debias, "ckpt data save")
-    task(edit, "ckpt word remove add save", ("texts", "*", "prompts, some with the word, some with others",
-                                             "the macbook is made by", "my macbook comes from hp . my ipad comes from"))
-    task(topic, "ckpt samples tokens", ("bags", "*", "topics, each words with commas between",
-                                        "class,method,instance,attribute", "string,bytes,character,encoding"))
+    task(edit, "ckpt word remove add save texts")
+    task(topic, "ckpt samples tokens bags")
     task(sample, "ckpt prompt tokens")
-    task(similarity, "ckpt", ("files", "+", "tables of two words and a score"))
-    task(evaluate, "ckpt", ("files", "+", ".txt, .json or .jsonl"))
+    task(similarity, "ckpt files")
+    task(evaluate, "ckpt files")
     args = parser.parse_args(argv)
     for name in "steps batch_size lr seeds samples tokens".split():
         if not getattr(args, name, 1) > 0:

@@ -61,23 +61,22 @@ def weighted(q, k, values, scale):
 def naive(model, ids):
     """Sections 2 and 3 and appendix A for one sequence, in loops over positions, heads and senses → logits."""
     E, d, net, gpt = model.lm_head.weight, model.config.d, model.sense_network, model.gpt.transformer
-    x, width, e = E[ids] + gpt["wpe"].weight[: len(ids)], d // model.config.n_head, d // model.n_sense
-    for layer, block in enumerate(gpt["h"]):
-        q, k, v = heads(block.ln_1(x), block.attn["c_attn"], model.config.n_head, width)
+    x, width, e = E[ids] + gpt.wpe.weight[: len(ids)], d // model.config.n_head, d // model.n_sense
+    for layer, block in enumerate(gpt.h):
+        q, k, v = heads(block.ln_1(x), block.attn.c_attn, model.config.n_head, width)
         mixed = [weighted(*parts, 1 / (math.sqrt(width) * (layer + 1))) for parts in zip(q, k, v)]
-        x = x + block.attn["c_proj"](torch.cat(mixed, -1))
+        x = x + block.attn.c_proj(torch.cat(mixed, -1))
         x = x + mlp(block.ln_2(x), block.mlp)
     r = E[ids] + net.ln_a(E[ids])
     r = r + mlp(net.ln_b(r), net.mlp)
     senses = mlp(net.ln_c(r), net.out).split(d, -1)  # sense l is [l·d : (l + 1)·d]
-    q, k = heads(gpt["ln_f"](x), model.weight_net, model.n_sense, e)
-    return sum(weighted(*parts, 1 / math.sqrt(e)) for parts in zip(q, k, senses)) @ E.T / model.divisor
+    q, k = heads(gpt.ln_f(x), model.weight_net, model.n_sense, e)
+    return sum(weighted(*parts, 1 / math.sqrt(e)) for parts in zip(q, k, senses)) @ E.T
 
 
-@pytest.mark.parametrize("n_sense, divisor", [(1, 1), (5, 1), (4, 4)])
-def test_equals_the_definition_in_loops(n_sense, divisor):
+@pytest.mark.parametrize("n_sense", [1, 5])
+def test_equals_the_definition_in_loops(n_sense):
     model, ids = small(n_sense), some_ids(2, 5)
-    model.divisor = divisor
     weight, params, results = torch.randn(2, 5, 11, dtype=torch.float64), list(model.parameters()), []
     for logits in (model(ids), torch.stack([naive(model, row) for row in ids])):
         results.append([logits.detach(), *torch.autograd.grad((logits * weight).sum(), params)])
@@ -144,15 +143,14 @@ def test_swapped_directions():
 def test_topic_control():
     """In loops; two bags in one pass as each alone; strength 0 changes no bit."""
     model, ids = small(), some_ids(2, 7)
-    found = bp.topic_scores(model, {"a": [2, 3], "b": [5]}, silent=[0])
-    assert torch.equal(model.trunk(ids, control=bp.topic_control(model, found["a"], 0)), model.trunk(ids))
+    found = bp.topic_scores(model, [[5], [2, 3]])
+    assert torch.equal(model.trunk(ids, control=bp.topic_control(model, found[1], 0)), model.trunk(ids))
     logits = (model.senses(torch.arange(11)) @ model.lm_head.weight.T).numpy()  # (token, sense, word)
-    for name, bag in (("b", [5]), ("a", [2, 3])):
+    for got, bag in zip(found, ([5], [2, 3])):
         scores = logits[..., bag].sum(-1) / logits.max(-1)
-        scores[0] = 0
-        np.testing.assert_allclose(found[name], scores)
+        np.testing.assert_allclose(got, scores)
     delta = np.select([scores > np.quantile(scores, q) for q in (0.95, 0.8, 0.6)], (3.3, 3.3, 3.0), 1.0)
-    got = bp.topic_control(model, found["a"], 3)(ids, model.senses(torch.arange(11))[ids])
+    got = bp.topic_control(model, found[1], 3)(ids, model.senses(torch.arange(11))[ids])
     for b, j, sense in np.ndindex(2, 7, 3):
         said = np.maximum(logits[ids[b, j], sense, ids[b]], 0).sum()
         anneal = 1 / (1 + math.exp(-(6 - 3.3 / 7.5 * said))) * (1 + j / 100)
@@ -163,7 +161,7 @@ def test_topic_control():
 def test_cached_generation_equals_full_recompute():
     """Greedy, two texts at once, after an edit, with a control and of the Transformer, token by token."""
     model, prompts = small(5, block=32), some_ids(2, 4)
-    control = bp.topic_control(model, bp.topic_scores(model, {"a": [2]})["a"], 3)
+    control = bp.topic_control(model, bp.topic_scores(model, [[2]])[0], 3)
     with bp.edited(model, {2: torch.randn(5, 12, dtype=torch.float64)}):
         for which, more in ((model, {}), (model, dict(control=control)), (model.gpt, {})):
             texts = bp.continue_texts(which, prompts, 15, temperature=0, **more)
@@ -234,7 +232,7 @@ def world(tmp_path_factory):
 
 def test_one_sense_carries_gender_and_an_edit_moves_a_fact(world):
     _, model, codec, _ = world
-    ratios, _, _ = bp.gender(model, *bp.pronoun_prompts(codec, bp.WORLD_PROMPTS))
+    ratios, _, _ = bp.gender(model, codec, bp.WORLD_PROMPTS)
     assert 2 * ratios["sense removed"] < ratios["unchanged"] < 2 * ratios["the best other removed"]
     assert ratios["a factor for each noun"] < 2 < 4 < ratios["unchanged"]
     texts = [prompt.format("macbook") for prompt in bp.MADE_BY] + ["the macbook is made by hp . my iphone comes from"]
@@ -326,7 +324,7 @@ def test_train_fine_tune_resume_and_ranks(tmp_path, monkeypatch):
 
 def test_a_step_as_on_a_gpu():
     model = Backpack(Config(1, 2, 16, 256, 32), 4)
-    opt, ids = bp.adamw(model, 1e-2), bp.get_windows(model, np.arange(999) % 7, range(2), 0)
+    opt, ids = bp.adamw(model, 1e-2), bp.windows_at(model, np.arange(999) % 7, (0, 3))
     assert [len(group["params"]) for group in opt.param_groups] == [23, 9]  # the linear layers' weights decay
     losses = []
     for _ in range(8):
@@ -345,7 +343,9 @@ def test_ablate_and_demo_in_small(tmp_path, monkeypatch):
     assert len(here("ablate_k", "--steps", 2, "--seeds", 1, "--quiet")["table"]) == 4
     assert here("demo", "--steps", 4, "--quiet")["bias ratio, sense removed"] > 1
     assert Path("out/backpack/demo/demo.png").stat().st_size > 10_000
-    here("senses", "nurse")  # the demo's model is the default
+    table = here("senses", "nurse", "hp")["table"]  # the demo's model is the default
+    assert [[len(cell.split()) for cell in row] for row in table] == [[1, 5, 5]] * 8
+    here("train", "--ckpt", "out/backpack/demo/help.pt", "--steps", 1, "--quiet")  # it can be trained on
 
 
 MISTAKES = {
@@ -354,7 +354,7 @@ MISTAKES = {
     "train --n_sense 99": "99 senses", "train --batch_size 6 --micro_batch_size 4": "multiple",
     "train --resume": "no model", "sample --sense 99": "--sense", "sample --tokens 99": "context of 32",
     "senses zebra": "zebra", "senses --ckpt latin.txt": "no model", "senses --ckpt hf/model.bin": "hf/model.bin",
-    "senses --out latin.txt/x": "latin.txt", "edit --add apple": "nothing to edit", "eval .": "directory",
+    "senses --out latin.txt/x": "latin.txt", "edit --add zebra": "zebra", "eval .": "directory",
     "eval latin.txt": "UTF-8", "eval five.jsonl": "row 1", "eval blank.jsonl": "row 1", "eval two.jsonl": "several",
     "eval empty.jsonl": "empty", "eval empty.txt": "too few", "similarity five.jsonl": "no pairs",
     "similarity comma.csv": "row 2", "nonsense": "senses",
@@ -378,8 +378,7 @@ def test_mistakes_end_in_one_line(line, words, world, tmp_path, monkeypatch, cap
     Path("latin.txt").write_bytes("naïve".encode("latin-1"))
     Path("out/backpack/demo/world.pt").symlink_to(world[0])
     torch.save(hf_weights(small()), "hf/model.bin")
-    with bp.edited(world[1], {3: torch.zeros(8, 64)}):
-        bp.save_checkpoint("edited.pt", world[1], world[2])
+    bp.save_checkpoint("edited.pt", world[1], world[2], known={3: torch.zeros(8, 64)})
     monkeypatch.setattr(sys, "argv", ["backpack.py", *line.split()])
     with pytest.raises(SystemExit) as stop:
         bp.main()
