@@ -736,7 +736,7 @@ def new_model(codec, n_sense, *sizes):
 
 def train(args):
     """Section 3.1: the paper's recipe, for a Backpack or the Transformer inside it, or from --ckpt on: fine-tuning."""
-    device, rank, _ = set_up(args)
+    device, rank, world = set_up(args)
     path, model, saved, history = args.out / "model.pt", None, {}, []
     codec = Codec() if args.tokenizer == "gpt2" else None
     if args.ckpt or args.resume:
@@ -760,6 +760,9 @@ def train(args):
         loss = mean_loss(model, val_ids)
         print(f"validation loss {loss:.3f} nats a token, perplexity {math.exp(loss):.1f}\n{path}")
         save_results(args.out, args, loss=loss, history=history)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 # ==================================================================================== reading and editing a model
@@ -862,13 +865,16 @@ def small_model(args, seed, text, steps, n_sense=16, d=64):
 
 def demo(args):
     """The paper's claims in small: losses beside Transformers', senses read, one sense removed, one fact changed."""
-    _, rank, _ = set_up(args)
+    _, rank, world = set_up(args)
     short = dict(text=help_topics(), steps=args.steps // 3)
     model, codec, loss = small_model(args, args.seed, world_text(30_000, args.seed), args.steps, n_sense=8)
     of_help, help_codec, help_loss = small_model(args, args.seed, **short)
     figures = {"loss, world": loss, "loss, help topics": help_loss,
                "Transformer inside": small_model(args, args.seed, **short, n_sense=0)[2],
                "Transformer of its size": small_model(args, args.seed, **short, n_sense=0, d=120)[2]}
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
     if rank:
         return
     print_senses(model, codec, ("nurse", "mechanic", "macbook", "bread"), 3)
@@ -899,7 +905,7 @@ def demo(args):
 
 def ablate_k(args):
     """Table 8: the number of senses."""
-    _, rank, _ = set_up(args)
+    _, rank, world = set_up(args)
     rows, text = [], help_topics()
     for k in (1, 4, 16, 0):
         losses = [small_model(args, args.seed + i, text, args.steps, k)[2] for i in range(args.seeds)]
@@ -907,6 +913,9 @@ def ablate_k(args):
         rows.append((name, np.mean(losses), np.std(losses), math.exp(np.mean(losses))))
     if rank == 0:
         print_and_save(args, ("Python's help topics", "validation loss", "± sd", "perplexity"), rows)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def senses(args):
@@ -1053,7 +1062,7 @@ def score_text(path, model, codec):
     """Perplexity over windows that do not overlap: of a text, or a JSON list of texts."""
     text = text_of(path)
     try:
-        text = "\n".join(json.loads(text)) if path.endswith(".json") else text
+        text = "\n".join([] + json.loads(text)) if path.endswith(".json") else text  # [] +: a list, nothing else
     except (ValueError, TypeError):
         fail(f"{path} is no JSON list of texts")
     ids = np.array(codec.encode(text.replace("<|endoftext|>", "")))

@@ -356,7 +356,8 @@ MISTAKES = {
     "senses zebra": "zebra", "senses --ckpt latin.txt": "no model", "senses --ckpt hf/model.bin": "hf/model.bin",
     "senses --out latin.txt/x": "latin.txt", "edit --add zebra": "zebra", "eval .": "directory",
     "eval latin.txt": "UTF-8", "eval five.jsonl": "row 1", "eval blank.jsonl": "row 1", "eval two.jsonl": "several",
-    "eval empty.jsonl": "empty", "eval empty.txt": "too few", "similarity five.jsonl": "no pairs",
+    "eval empty.jsonl": "empty", "eval dict.json": "no JSON list", "eval empty.txt": "too few",
+    "similarity five.jsonl": "no pairs",
     "similarity comma.csv": "row 2", "nonsense": "senses",
 }
 
@@ -375,6 +376,7 @@ def test_mistakes_end_in_one_line(line, words, world, tmp_path, monkeypatch, cap
         Path(folder).mkdir(parents=True)
     for name, text in FILES.items():
         Path(name).write_text(text)
+    Path("dict.json").write_text('{"the nurse walked": "in when"}')
     Path("latin.txt").write_bytes("naïve".encode("latin-1"))
     Path("out/backpack/demo/world.pt").symlink_to(world[0])
     torch.save(hf_weights(small()), "hf/model.bin")
