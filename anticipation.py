@@ -78,7 +78,7 @@ import re
 import signal
 import sys
 import wave
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -409,11 +409,12 @@ class MusicBlock(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        d = config.n_embd
+        d, self.drop = config.n_embd, nn.Dropout(config.dropout)
         self.ln_1, self.ln_2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.attn = nn.ModuleDict(dict(c_attn=nn.Linear(d, 3 * d), c_proj=nn.Linear(d, d)))
-        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(d, 4 * d), c_proj=nn.Linear(4 * d, d)))
-        self.n_head, self.dropout = config.n_head, config.dropout
+        up, down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=up, gelu=nn.GELU("tanh"), c_proj=down))
+        self.n_head = config.n_head
         self.scale = (d // config.n_head) ** -0.5 / (layer + 1 if config.scale_by_layer else 1)
 
     def forward(self, x, past=None):
@@ -425,9 +426,8 @@ class MusicBlock(nn.Module):
         n, m = q.size(2), k.size(2)
         mask = None if n in (1, m) else torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m - n)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=n == m, scale=self.scale)
-        x = x + F.dropout(self.attn["c_proj"](y.transpose(1, 2).flatten(2)), self.dropout, self.training)
-        h = self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
-        return x + F.dropout(h, self.dropout, self.training), (k, v)
+        x = x + self.drop(self.attn["c_proj"](y.transpose(1, 2).flatten(2)))
+        return x + self.drop(self.mlp(self.ln_2(x))), (k, v)
 
 
 class MusicGPT(nn.Module):
@@ -438,7 +438,7 @@ class MusicGPT(nn.Module):
         self.config = config
         self.wte, self.wpe = (nn.Embedding(n, config.n_embd) for n in (config.vocab_size, config.context))
         self.h = nn.ModuleList(MusicBlock(config, i) for i in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f, self.drop = nn.LayerNorm(config.n_embd), nn.Dropout(config.dropout)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=config.std)
@@ -448,8 +448,8 @@ class MusicGPT(nn.Module):
     def forward(self, ids, past=None, last=False):
         """past: of the tokens before these; last: logits of the last position alone, (batch, 1, vocab_size)."""
         start = past[0][0].size(2) if past else 0
-        x, present = self.wte(ids) + self.wpe.weight[start : start + ids.size(1)], []
-        x = F.dropout(x, self.config.dropout, self.training)
+        ids, present = ids.to(self.wte.weight.device), []
+        x = self.drop(self.wte(ids) + self.wpe.weight[start : start + ids.size(1)])
         for i, block in enumerate(self.h):
             x, kv = block(x, past[i] if past else None)
             present.append(kv)
@@ -483,54 +483,58 @@ def nucleus(logits, allowed, temperature, top_p, generator):
 class Sampler:
     """The triplets so far, `history`, and draws of the next from a model (ids, past, last) → (logits, past).
 
-    Times count from the earliest of the window, so moving the window renews every id and the cache is void. window:
-    "hop" lets it fill, then keeps three quarters; "exact" keeps the latest at each step, as the authors do (339)."""
+    Times count from the earliest of the window, so moving the window renews every id: the cache holds as long as what
+    it has read is how the ids begin. window: "exact" moves it by a triplet at each step once it is full, with 339
+    triplets, as the authors do; "hop" by a quarter."""
 
-    def __init__(self, model, vocab, flag, history, window="hop", top_p=0.95, temperature=1.0, seed=0):
+    def __init__(self, model, vocab, flag, history, programs, window="hop", top_p=0.95, temperature=1.0, seed=0):
         self.model, self.vocab, self.flag, self.history = model, vocab, flag, history
-        self.device = next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
-        self.most = (vocab.context - 3) // 3 - (window == "exact")  # with the flag and two ids of the next triplet
-        self.share = 1 if window == "exact" else 0.75
+        self.share = 1 if window == "exact" else 0.75  # of a full window that stays when it moves
         self.options = temperature, top_p, torch.Generator().manual_seed(seed)
-        self.first, self.origin, self.read, self.past = 0, None, 0, None  # read: triplets whose keys and values we have
+        self.notes = [128 * program + pitch for program in vocab.programs for pitch in range(128)] + [REST]
+        self.plays = torch.tensor([note == REST or note >> 7 in programs for note in self.notes])
         self.latest = deque(maxlen=MOST_AT_ONCE)
+        self.first, self.read, self.past = 0, [], None  # where the window begins; ids whose keys and values `past` has
 
     def run(self, ids, past):
-        logits, past = self.model(torch.tensor([ids], device=self.device), past, last=True)
+        logits, past = self.model(torch.tensor([ids]), past, last=True)
         return logits[0, -1].float().cpu(), past
 
+    def full(self, share, earliest):
+        """Has the window more than a share of the triplets that fit, or of the time?"""
+        times = [event[TIME] for event in self.history[self.first :]] + [earliest]
+        too_long = max(times) - min(times) + self.vocab.density >= share * self.vocab.max_time
+        return too_long or len(times) - 1 > share * (self.vocab.triplets - 2)  # one is to come; the authors': 339
+
     @torch.no_grad()
-    def draw(self, earliest, programs):
-        """→ [time, duration, note, 0], not before `earliest`, a REST or by one of `programs`; not added to history."""
+    def draw(self, earliest):
+        """→ [time, duration, note, 0], not before `earliest`, by one of the programs or a REST; not in history yet."""
         vocab, earliest = self.vocab, earliest + (self.latest.count(earliest) == MOST_AT_ONCE)
-        if len(self.history) - self.first > self.most:
-            self.first = len(self.history) - int(self.share * self.most)
-        times = [earliest, *(event[TIME] for event in self.history[self.first :])]
-        fits = lambda room: max(times) - min(times) + vocab.density < room
-        if not fits(vocab.max_time):  # the clock of a row runs out
-            while not fits(self.share * vocab.max_time):
-                del times[1]
+        if self.full(1, earliest):
+            while self.full(self.share, earliest):
                 self.first += 1
-        if (self.first, min(times)) != self.origin:
-            self.origin, self.past, self.read = (self.first, min(times)), None, self.first
-        if self.past is None or self.read < len(self.history):
-            fresh = np.array(self.history[self.read :], np.int64).reshape(-1, 4) - [self.origin[1], 0, 0, 0]
-            ids = ([self.flag] if self.past is None else []) + triplet_ids(fresh, vocab).tolist()
-            self.logits, self.past = self.run(ids, self.past)
-            self.read = len(self.history)
-        logits, past, drawn = self.logits, self.past, []
-        plays = torch.tensor([program in programs for program in vocab.programs]).repeat_interleave(128)
+        window = np.array(self.history[self.first :], np.int64).reshape(-1, 4)
+        zero = int(window[:, TIME].min(initial=earliest))
+        ids = [self.flag, *triplet_ids(window - [zero, 0, 0, 0], vocab).tolist()]
+        if ids[: len(self.read)] != self.read:
+            self.read, self.past = [], None
+        if fresh := ids[len(self.read) :]:
+            self.logits, self.past = self.run(fresh, self.past)
+        self.read, logits, past, drawn = ids, self.logits, self.past, []
+        allowed = torch.cat([torch.arange(vocab.first_note) >= earliest - zero, self.plays])  # any duration
         for slot, (low, high) in enumerate(vocab.slots):
-            allowed = torch.arange(high - low) >= (earliest - self.origin[1] if slot == TIME else 0)
-            if slot == NOTE:
-                allowed[:-1] = plays
-            drawn.append(nucleus(logits[low:high], allowed, *self.options))
+            drawn.append(nucleus(logits[low:high], allowed[low:high], *self.options))
             if slot < NOTE:
                 logits, past = self.run([low + drawn[-1]], past)
-        self.latest.append(drawn[TIME] + self.origin[1])
-        if drawn[NOTE] == vocab.rest - vocab.first_note:
-            return [self.latest[-1], 0, REST, 0]
-        return [self.latest[-1], drawn[DUR], 128 * vocab.programs[drawn[NOTE] // 128] + drawn[NOTE] % 128, 0]
+        time, duration, note = drawn[TIME] + zero, drawn[DUR], self.notes[drawn[NOTE]]
+        self.latest.append(time)
+        return [time, 0 if note == REST else duration, note, 0]
+
+
+def merge(first, second):
+    """Two lists of events (n, 4) as one by time; the first goes first in ties."""
+    both = np.concatenate([first, second])
+    return both[np.argsort(both[:, TIME], kind="stable")]
 
 
 def generate(model, vocab, inputs, controls, start, end, programs=None, progress=lambda time: 0, **options):
@@ -539,48 +543,47 @@ def generate(model, vocab, inputs, controls, start, end, programs=None, progress
     inputs (k, 4): those before start are the prompt; those from end on are told δ early, and so are the controls (m,
     4), the parts that are kept. What lies between is not looked at. programs: those that may play; options:
     Sampler's."""
-    future = np.concatenate([controls, inputs[inputs[:, TIME] >= end]])  # the kept part first in ties
-    future = future[np.argsort(future[:, TIME], kind="stable")]
+    future = merge(controls, inputs[inputs[:, TIME] >= end])
     future[:, CTRL] = 1
     prompt = pad(inputs[inputs[:, TIME] < start], start, vocab.density)
     history, waiting = anticipate(prompt, future, vocab.delta)
-    sampler = Sampler(model, vocab, vocab.sep + 1 + bool(len(future)), history.tolist(), **options)
-    waiting, now, drawn = deque(waiting.tolist()), int(prompt[-1, TIME]) if len(prompt) else 0, []
+    flag = vocab.sep + 1 + bool(len(future))
+    sampler = Sampler(model, vocab, flag, history.tolist(), programs or vocab.programs, **options)
+    waiting, now, new = deque(waiting.tolist()), int(prompt[:, TIME].max(initial=0)), []
     while True:
         while waiting and now >= waiting[0][TIME] - vocab.delta:
             sampler.history.append(waiting.popleft())
-        event = sampler.draw(max(start, now), programs or vocab.programs)
-        if event[TIME] >= end:
-            return np.array([e for e in drawn if e[NOTE] != REST], np.int64).reshape(-1, 4)
-        sampler.history.append(event)
-        drawn.append(event)
+        event = sampler.draw(max(start, now))
         now = event[TIME]
+        if now >= end:
+            return np.array(new, np.int64).reshape(-1, 4)
+        sampler.history.append(event)
+        if event[NOTE] != REST:
+            new.append(event)
         progress(now)
 
 
-def follow_events(model, vocab, inputs, melody, start, end, programs=None, progress=lambda time: 0, **options):
+def follow_events(model, vocab, inputs, melody, start, end, **options):
     """Algorithm 2, the baseline without anticipation, made fair → new events (n, 4) in [start, end).
 
     The melody's notes up to a drawn event's time go in before it, as events. A drawn note of the melody's own program
     is dropped: kept, such notes are the copies and dissonances that the paper describes."""
-    known = np.concatenate([melody, inputs])  # the melody first in ties
-    known = known[np.argsort(known[:, TIME], kind="stable")]
-    prompt = pad(known[known[:, TIME] < start], start, vocab.density).tolist()
-    sampler = Sampler(model, vocab, vocab.sep + 1, prompt, **options)
-    waiting, own = deque(melody[melody[:, TIME] >= start].tolist()), set((melody[:, NOTE] >> 7).tolist())
-    now, drawn = start, []
+    known = merge(melody, inputs)
+    prompt = pad(known[known[:, TIME] < start], start, vocab.density)
+    sampler = Sampler(model, vocab, vocab.sep + 1, prompt.tolist(), vocab.programs, **options)
+    waiting, now, new = deque(melody[melody[:, TIME] >= start].tolist()), start, []
     while True:
-        event = sampler.draw(now, own.union(programs or vocab.programs))
+        event = sampler.draw(now)
         if event[TIME] >= end:
-            return np.array([e for e in drawn if e[NOTE] != REST], np.int64).reshape(-1, 4)
+            return np.array(new, np.int64).reshape(-1, 4)
         while waiting and waiting[0][TIME] <= event[TIME]:
             sampler.history.append(waiting.popleft())
             now = sampler.history[-1][TIME]
-        if event[NOTE] == REST or event[NOTE] >> 7 not in own:
-            sampler.history.append(event)
-            drawn.append(event)
+        if event[NOTE] >> 7 not in melody[:, NOTE] >> 7:
             now = event[TIME]
-            progress(now)
+            sampler.history.append(event)
+            if event[NOTE] != REST:
+                new.append(event)
 
 
 # ==================================================================================== the same in every file
@@ -1106,12 +1109,11 @@ def play_anew(args, opened, song, kept, start, end, until):
         fail(f"{args.ckpt} does not play programs {sorted(strange)}, only {vocab.programs}: choose --instruments")
     if kept.any() and not (kept & heard).any():
         fail(f"{args.ckpt} hears only programs {vocab.programs}, and what is kept has none of them")
-    if not anticipatory and (rest & (times >= first)).any():
-        fail(f"--ckpt {args.ckpt} was trained without controls: it cannot know what comes after a gap")
-    play = generate if anticipatory or not kept.any() else follow_events
+    if not anticipatory and (kept | rest & (times >= first)).any():
+        fail(f"--ckpt {args.ckpt} was trained without controls: it can only continue")
     for k in range(args.n):
         with tqdm(total=last - first, desc=f"version {k}", disable=args.quiet) as bar:
-            new = play(model, vocab, song.events[rest & heard], song.events[kept & heard], first, last, players,
+            new = generate(model, vocab, song.events[rest & heard], song.events[kept & heard], first, last, players,
                        lambda time, bar=bar: bar.update(time - first - bar.n), window=args.window, top_p=args.top_p,
                        temperature=args.temperature, seed=args.seed + k)
         print(f"version {k}: {len(new)} notes from {start:g} to {end:g} s; {removed.sum()} taken out")
