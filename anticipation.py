@@ -683,61 +683,50 @@ def figure(path, args, draw, size=(7, 4.5)):
 # ==================================================================================== training
 
 
-class MusicLoss(nn.Module):
-    """Mean cross-entropy over the targets that are not −1, as one module for torch.compile and DDP."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids, targets):
-        return F.cross_entropy(self.model(ids)[0].float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-
 def collate(rows, silent=None):
     """Rows of ids → ids, targets (batch, seq) int64; −1 = no target: filled up; with silent = vocabulary, controls."""
-    longest = max(map(len, rows)) - 1
-    ids, targets = torch.zeros(len(rows), longest, dtype=torch.int64), torch.full((len(rows), longest), -1)
-    for i, row in enumerate(rows):
-        ids[i, : len(row) - 1], targets[i, : len(row) - 1] = torch.from_numpy(row[:-1]), torch.from_numpy(row[1:])
+    ids = nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], True, -1)
+    targets = ids[:, 1:].clone()
     if silent:
         targets[(targets >= silent.control) & (targets < silent.sep)] = -1
-    return ids, targets
+    return ids[:, :-1].clamp(0), targets
 
 
-def music_updates(model, opt, rows, steps, batch, lr, warmup, first=0, micro=None, stop=(), quiet=False, name="train",
-                  silent=None):
+def music_loss(model, ids, targets):
+    """Mean cross-entropy over the targets that are not −1."""
+    logits = model(ids)[0].float()  # (batch, seq, vocab_size)
+    return F.cross_entropy(logits.flatten(0, 1), targets.to(logits.device).flatten(), ignore_index=-1)
+
+
+def music_updates(model, opt, rows, steps, batch, lr, warmup, first=0, stop=(), quiet=False, name="train", silent=None):
     """Section 4: linear warm-up, then a cosine to 0; gradients clipped to norm 1. Update s takes rows s·batch to (s +
     1)·batch − 1, whoever has them. After each yields (updates done, loss, is something in a rank's list `stop`?)."""
     device, rank, world = model.wte.weight.device, 0, 1
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
-    micro = micro or math.gcd(batch // world, 8)
-    if not micro or batch % (micro * world):
-        fail(f"--batch_size {batch} is not a multiple of {micro} rows a forward pass × {world} ranks")
-    ddp = loss_of = MusicLoss(model.train())
-    if world > 1:
-        ddp = loss_of = nn.parallel.DistributedDataParallel(ddp)
-    if on_gpu := device.type == "cuda":
-        loss_of = torch.compile(ddp)
-    cast = torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
+    if batch < 1 or batch % world:
+        fail(f"--batch_size {batch} is not a multiple of {world} ranks")
+    micro = math.gcd(batch // world, 8)  # rows a forward pass
+    passes, on_gpu = batch // (micro * world), device.type == "cuda"
+    loss_of = torch.compile(music_loss) if on_gpu else music_loss
     numbers = (range(i, i + micro) for i in range(first * batch + rank * micro, steps * batch, world * micro))
     workers = min(8, os.cpu_count()) if on_gpu else 0
-    rows = DataLoader(rows, batch_sampler=numbers, collate_fn=partial(collate, silent=silent), num_workers=workers)
-    stream = iter(rows)
+    batches = iter(DataLoader(rows, batch_sampler=numbers, collate_fn=partial(collate, silent=silent),
+                              num_workers=workers))
+    model.train()
     for step in tqdm(range(first, steps), name, steps, initial=first, disable=quiet or rank > 0):
         for group in opt.param_groups:
             group["lr"] = lr * min((step + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * step / steps))
         torch.manual_seed(step * world + rank)  # of dropout, so that a resumed run is the same
-        total, passes = torch.tensor([0.0, len(stop)], device=device), batch // (micro * world)
-        for i in range(passes):
-            ids, targets = (t.to(device, non_blocking=True) for t in next(stream))
-            with cast, ddp.no_sync() if world > 1 and i + 1 < passes else nullcontext():
-                loss = loss_of(ids, targets) / passes
-                loss.backward()
-            total[0] += loss.detach() / world
-        if world > 1:
-            dist.all_reduce(total)
+        total = torch.tensor([0.0, len(stop)], device=device)
+        for _ in range(passes):
+            with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
+                loss = loss_of(model, *next(batches)) / (passes * world)
+            loss.backward()
+            total[0] += loss.detach()
+        if world > 1:  # once an update, so no DistributedDataParallel
+            for x in (total, *(p.grad for p in model.parameters())):
+                dist.all_reduce(x)
         if not math.isfinite(nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
             fail(f"step {step + 1}: the gradient is not finite: start anew with a lower --lr")
         opt.step()
@@ -747,18 +736,6 @@ def music_updates(model, opt, rows, steps, batch, lr, warmup, first=0, micro=Non
 
 def make_adamw(model, beta2=0.999):
     return torch.optim.AdamW(model.parameters(), 0.0, (0.9, beta2), weight_decay=0.1, fused=True)
-
-
-@torch.no_grad()
-def row_bits(model, rows):
-    """−log2 p of every id of rows of one length but the first: (rows, length − 1) float64."""
-    model.eval()
-    batch, device = max(1, 2**23 // (model.config.vocab_size * len(rows[0]))), model.wte.weight.device
-    out = []
-    for i in range(0, len(rows), batch):
-        ids, targets = (t.to(device) for t in collate(rows[i : i + batch]))
-        out.append(F.cross_entropy(model(ids)[0].float().transpose(1, 2), targets, reduction="none").double().cpu())
-    return torch.cat(out).numpy() / math.log(2)
 
 
 def save_music(path, model, vocab, anticipatory, **more):
@@ -983,6 +960,7 @@ def load_pieces(args, split, vocab):
     return np.load(args.data / "events.npy", mmap_mode="r"), [c[:2] for c in chosen], sum(c[2] for c in chosen)
 
 
+@torch.no_grad()
 def held_out_table(model, vocab, args, split):
     """Section 4.1: bits a second; perplexities of a triplet and of its three ids. NaN: the split fills no row."""
     notes, pieces, seconds = load_pieces(args, split, vocab)
@@ -991,14 +969,17 @@ def held_out_table(model, vocab, args, split):
         events = np.insert(np.array(notes[first:last], np.int64), 3, 0, axis=1)
         stream += [START, interleave(events, np.zeros(len(events), bool), vocab)]
     stream, size = np.concatenate([START[:0], *stream]), vocab.triplets
-    cuts = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
-    rows = [row for cut in cuts if (row := row_of(cut, False, vocab)) is not None]
-    if not rows:
+    nats = []
+    for i in range(0, len(stream) - size + 1, size):
+        if (row := row_of(stream[i : i + size], False, vocab)) is not None:
+            ids, targets = collate([row])
+            logits = model.eval()(ids)[0][0].float()
+            nats.append(F.cross_entropy(logits, targets[0].to(logits.device), reduction="none").double().cpu())
+    if not nats:
         return [("bits a second", math.nan)]
-    bits = row_bits(model, rows).reshape(len(rows), -1, 3).mean((0, 1))  # of time, duration, note
-    names = "time", "duration", "note"
+    bits = torch.stack(nats).numpy().reshape(-1, 3).mean(0) / math.log(2)  # of time, duration, note
     return [("bits a second", bits.sum() * len(stream) / seconds), ("perplexity of a triplet", 2 ** bits.sum()),
-            *[(f"perplexity of a {name}", 2**b) for name, b in zip(names, bits)]]
+            *[(f"perplexity of a {name}", 2**b) for name, b in zip(("time", "duration", "note"), bits)]]
 
 
 def train(args):
@@ -1019,7 +1000,7 @@ def train(args):
         fail(f"{args.data} has no piece in its train split")
     rows = Rows(notes, pieces, vocab, args.seed)
     opt, checkpoint, first = make_adamw(model.to(device)), args.out / "checkpoint.pt", 0
-    free = dict.fromkeys(("task", "out", "resume", "quiet", "device", "micro_batch_size", "save_every"))
+    free = dict.fromkeys(("task", "out", "resume", "quiet", "device", "save_every"))
     settings = {name: str(value) for name, value in (vars(args) | free | dict(steps=steps, batch_size=batch)).items()}
     if args.resume:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -1030,8 +1011,8 @@ def train(args):
         first = saved["step"]
     stop, history, step = [], [], first
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    warmup, micro = min(1000, steps // 10), args.micro_batch_size
-    for step, loss, stopped in music_updates(model, opt, rows, steps, batch, args.lr or lr, warmup, first, micro, stop,
+    warmup = min(1000, steps // 10)
+    for step, loss, stopped in music_updates(model, opt, rows, steps, batch, args.lr or lr, warmup, first, stop,
                                              args.quiet):
         history.append((step, loss))
         if rank == 0 and (stopped or step == steps or step % args.save_every == 0):
@@ -1050,11 +1031,11 @@ def train(args):
 
 
 def eval_(args):
-    """Section 4.1: bits a second, perplexities of a triplet and of its three ids, on pieces that were held out."""
+    """Section 4.1: bits a second, perplexities of a triplet and of its three ids, on the test split."""
     device, _, _ = set_up(args)
     model, vocab, _ = open_music(args.ckpt, device)
-    table = held_out_table(model, vocab, args, args.split)
-    print_table((args.split, ""), table)
+    table = held_out_table(model, vocab, args, "test")
+    print_table(("test", ""), table)
     save_results(args.out, args, table=table)
 
 
@@ -1220,11 +1201,9 @@ def parse_args(argv=None):
         "path": dict(type=Path, help="a MIDI file; tokenize: a folder of them"),
         "ckpt": dict(help="a checkpoint, or hub:NAME as hub:music-small-800k, the authors' (%(default)s)"),
         "data": dict(type=Path, default=Path("out/anticipation/tokenize"), help="what tokenize wrote (%(default)s)"),
-        "split": dict(choices=("train", "valid", "test"), default="test", help="which of its pieces (%(default)s)"),
         "size": dict(choices=SIZES, default="small", help="of the model (%(default)s)"),
         "steps": dict(type=int, help="updates (%(default)s; train: 100,000 on a GPU, the paper's first, else 100)"),
         "batch_size": dict(type=int, help="rows an update, over all ranks (512 on a GPU, the paper's; else 8)"),
-        "micro_batch_size": dict(type=int, help="rows a forward pass (8)"),
         "lr": dict(type=float, help="peak learning rate (the paper's for the size; with --ckpt a tenth)"),
         "save_every": dict(type=int, default=1000, help="updates between checkpoints (%(default)s); one at Ctrl-C too"),
         "resume": dict(action="store_true", help="go on from the checkpoint in --out"),
@@ -1258,8 +1237,8 @@ def parse_args(argv=None):
     trained = "out/anticipation/demo/anticipatory.pt"
     task(demo, "steps pieces seed out no_plot quiet", steps=500, device="cpu")
     task(tokenize, "path out quiet")
-    task(train, "data size ckpt steps batch_size micro_batch_size lr save_every resume seed device out quiet")
-    task(eval_, "data split ckpt seed device out", ckpt="out/anticipation/train/checkpoint.pt")
+    task(train, "data size ckpt steps batch_size lr save_every resume seed device out quiet")
+    task(eval_, "data ckpt seed device out", ckpt="out/anticipation/train/checkpoint.pt")
     task(continue_, f"path start end {sampling}", ckpt=trained)
     task(accompany, f"path melody start end {sampling}", ckpt=trained)
     task(infill, f"path span {sampling}", ckpt=trained)
