@@ -79,11 +79,10 @@ import signal
 import sys
 import wave
 from collections import OrderedDict, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import Pool
 from operator import itemgetter
 from pathlib import Path
 
@@ -245,10 +244,10 @@ def read_song(path, vocab=None):
             elif m.type == "set_tempo":
                 scale = m.tempo * 1e-6 / file.ticks_per_beat
                 clock.append((tick, now))
-        if now > 86_400:
-            raise ValueError(f"it lasts {now / 3600:.3g} hours")
+        if not rows:
+            raise ValueError("it has no notes")
         clock.append((last + 1e6, now + 1e6 * scale))
-        rows = np.array(rows, np.int64).reshape(-1, 9)
+        rows = np.array(rows, np.int64)
     except Exception as error:  # mido raises a dozen kinds
         raise OSError(f"{path} cannot be read as MIDI: {str(error) or type(error).__name__}") from error
     return Song(file, rows[:, :4], rows[:, 4:7], rows[:, 7:], np.array(clock), strokes)
@@ -887,7 +886,7 @@ def demo(args):
             new = [play(events, *mask, first, last, k) for k, ((events, _), mask) in enumerate(zip(pieces, masks))]
             scores += np.mean([score(n, *piece, first, last) for n, piece in zip(new, pieces)], 0).tolist()
             events, (known, kept) = pieces[0][0], masks[0]
-            pictures[f"{name}: {question}"] = dict(kept=events[kept], given=events[known & ~kept], new=new[0])
+            pictures[re.sub(r"\W+", "_", f"{name}: {question}")] = dict(kept=events[kept], given=events[known & ~kept], new=new[0])
         table.append([name, *scores])
     guesses = []  # the likeliest chord, given the one before and, where it stays, the one after
     for first, last, _, rest in QUESTIONS.values():
@@ -896,18 +895,12 @@ def demo(args):
         guesses += [float(np.mean(right)), ""]
     table.append(["the chain's best guess", *guesses])
     print_table([f"{args.pieces} pieces", *[word for name in QUESTIONS for word in (f"{name}: root", "F1")]], table)
-    chosen = list(pictures)[:2] + list(pictures)[3:4]
-    for title in chosen:
-        stem = args.out / re.sub(r"\W+", "_", title)
-        write_midi(stem.with_suffix(".mid"), np.concatenate(list(pictures[title].values())), MINI.resolution)
-        write_wav(stem.with_suffix(".wav"), np.concatenate(list(pictures[title].values())), MINI.resolution)
+    chosen = {name: pictures[name] for name in (*list(pictures)[:2], list(pictures)[3])}
+    for name, parts in chosen.items():
+        write_midi(args.out / f"{name}.mid", np.concatenate(list(parts.values())), MINI.resolution)
     save_results(args.out, args, questions=QUESTIONS, table=table)
+    show(args, chosen, "demo.png", MINI.resolution)
 
-    def draw(fig):
-        for ax, title in zip(fig.subplots(3, sharex=True), chosen):
-            draw_roll(ax, title, pictures[title], MINI.resolution)
-
-    figure(args.out / "demo.png", args, draw, (9, 9))
 
 # ==================================================================================== files, training, evaluation
 
@@ -927,10 +920,10 @@ def read_one(path):
 def tokenize(args):
     """A folder of MIDI files → events.npy and index.json for train and eval, with the paper's filter (appendix E)."""
     paths = sorted(p for p in args.path.rglob("*") if p.suffix.lower() in (".mid", ".midi"))
-    many, index, kept = len(paths) > 500, [], []
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) if many else nullcontext() as pool:
-        read = partial(pool.map, chunksize=25) if many else map
-        for path, split, events, reason in tqdm(read(read_one, paths), "read", len(paths), disable=args.quiet):
+    index, kept = [], []
+    with Pool() as pool:
+        read = pool.imap(read_one, paths, 25)
+        for path, split, events, reason in tqdm(read, "read", len(paths), disable=args.quiet):
             if reason:
                 print(reason)
             else:
@@ -1000,12 +993,11 @@ def train(args):
         fail(f"{args.data} has no piece in its train split")
     rows = Rows(notes, pieces, vocab, args.seed)
     opt, checkpoint, first = make_adamw(model.to(device)), args.out / "checkpoint.pt", 0
-    free = dict.fromkeys(("task", "out", "resume", "quiet", "device", "save_every"))
-    settings = {name: str(value) for name, value in (vars(args) | free | dict(steps=steps, batch_size=batch)).items()}
+    settings = [str(x) for x in (steps, batch, args.lr, args.size, args.ckpt, args.data, args.seed)]
     if args.resume:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if saved["settings"] != settings:
-            fail(f"{checkpoint} is of another run, with {saved['settings']}")
+            fail(f"{checkpoint} is of another run: {', '.join(saved['settings'])}")
         model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         first = saved["step"]
@@ -1043,24 +1035,18 @@ def eval_(args):
 
 
 def parts_of(song):
-    """→ (parts (k, 3): track, channel, program; which part each event is of (n,); notes of each part (k,))."""
-    parts, which, counts = np.unique(song.parts, axis=0, return_inverse=True, return_counts=True)
-    return parts, which.ravel(), counts
+    """→ {(track, channel, program): which notes are its, (n,) bool}."""
+    return {tuple(part): (song.parts == part).all(1) for part in np.unique(song.parts, axis=0).tolist()}
 
 
 def melody_of(song, asked):
-    """→ (n,) bool. asked: a program, "track:1", "channel:2", or "auto": the part of highest mean pitch, drums last and
-    those of fewer than 20 notes after the others."""
-    parts, which, counts = parts_of(song)
-    name, _, value = asked.rpartition(":")
-    if asked == "auto":
-        height = np.bincount(which, song.events[:, NOTE] & 127) / counts
-        return which == (height - 200 * (counts < 20) - 400 * (parts[:, 2] == DRUMS)).argmax()
-    column = {"track": 0, "channel": 1, "": 2}.get(name, 0)
-    mask = song.parts[:, column] == (int(value) if value.isdigit() else -1)
+    """→ (n,) bool. asked: a program, "track:1" or "channel:2"."""
+    name, _, number = asked.rpartition(":")
+    column = {"track": 0, "channel": 1}.get(name, 2)
+    mask = song.parts[:, column].astype(str) == number
     if not mask.any():
-        has = "; ".join(f"track:{t} channel:{c} program {p}, {n} notes" for (t, c, p), n in zip(parts, counts))
-        fail(f"--melody {asked} is not there; the file has {has}")
+        has = [f"track:{t} channel:{c} program {p}, {its.sum()} notes" for (t, c, p), its in parts_of(song).items()]
+        fail(f"--melody {asked} is not there; the file has {'; '.join(has)}")
     return mask
 
 
@@ -1069,8 +1055,6 @@ def open_both(args):
     device, _, _ = set_up(args)
     opened = open_music(args.ckpt, device)
     song = read_song(args.path, opened[1])
-    if not len(song.events):
-        fail(f"{args.path} has no notes")
     if not (1 <= args.n <= 100 and 0 < args.top_p <= 1 and args.temperature >= 0):
         fail("--n must be from 1 to 100, --top_p above 0 and at most 1, --temperature not below 0")
     return opened, song, song.events[:, TIME] / opened[1].resolution
@@ -1084,31 +1068,23 @@ def play_anew(args, opened, song, kept, start, end, until):
     first, last = round(start * vocab.resolution), round(end * vocab.resolution)
     times, programs = song.events[:, TIME], song.events[:, NOTE] >> 7
     removed = (times >= first) & (times < until * vocab.resolution) & ~kept
-    rest, heard = ~kept & ~removed, np.isin(programs, vocab.programs)
+    rest = ~kept & ~removed
     players = set(args.instruments or programs[~kept].tolist() or vocab.programs)
-    if strange := players - set(vocab.programs):
-        fail(f"{args.ckpt} does not play programs {sorted(strange)}, only {vocab.programs}: choose --instruments")
-    if kept.any() and not (kept & heard).any():
-        fail(f"{args.ckpt} hears only programs {vocab.programs}, and what is kept has none of them")
+    if strange := players.union(programs.tolist()) - set(vocab.programs):
+        fail(f"{args.ckpt} does not know programs {sorted(strange)}, only {vocab.programs}")
     if not anticipatory and (kept | rest & (times >= first)).any():
         fail(f"--ckpt {args.ckpt} was trained without controls: it can only continue")
+    bar = tqdm(total=last - first, disable=args.quiet)
     for k in range(args.n):
-        with tqdm(total=last - first, desc=f"version {k}", disable=args.quiet) as bar:
-            new = generate(model, vocab, song.events[rest & heard], song.events[kept & heard], first, last, players,
-                       lambda time, bar=bar: bar.update(time - first - bar.n), window=args.window, top_p=args.top_p,
+        bar.reset()
+        new = generate(model, vocab, song.events[rest], song.events[kept], first, last, players,
+                       lambda time: bar.update(time - first - bar.n), window=args.window, top_p=args.top_p,
                        temperature=args.temperature, seed=args.seed + k)
         print(f"version {k}: {len(new)} notes from {start:g} to {end:g} s; {removed.sum()} taken out")
         write_midi(args.out / f"{k}.mid", new, vocab.resolution, song, removed)
         parts = dict(kept=song.events[kept], given=song.events[rest], new=new)
-        show_parts(args, args.out / f"{k}", parts, vocab.resolution)
+        show(args, {f"{k}": parts}, f"{k}.png", vocab.resolution)
     save_results(args.out, args, notes=len(new), removed=removed.sum())
-
-
-def show_parts(args, stem, parts, resolution):
-    """A piano roll of parts, {name: events}, and with --wav their sound."""
-    if args.wav:
-        write_wav(stem.with_suffix(".wav"), np.concatenate(list(parts.values())), resolution)
-    figure(stem.with_suffix(".png"), args, lambda fig: draw_roll(fig.subplots(), stem.name, parts, resolution), (11, 4))
 
 
 def continue_(args):
@@ -1143,39 +1119,47 @@ def infill(args):
 def plot(args):
     """A MIDI file as a piano roll, with --wav as sound."""
     song = read_song(args.path)
-    parts, which, counts = parts_of(song)
-    rows = [(*map(str, part), str(n)) for part, n in zip(parts, counts)]
-    print_table(("track", "channel", "program", "notes"), rows)
-    named = {f"track {t}, program {p}": song.events[which == k] for k, (t, _, p) in enumerate(parts)}
-    show_parts(args, args.out / args.path.stem, named, 100)
-    save_results(args.out, args, parts=rows)
+    parts = parts_of(song)
+    print_table(("track", "channel", "program", "notes"), [(*part, its.sum()) for part, its in parts.items()])
+    named = {f"track {t}, program {p}": song.events[its] for (t, _, p), its in parts.items()}
+    show(args, {args.path.stem: named}, f"{args.path.stem}.png")
+
+
+def show(args, pieces, name, resolution=100):
+    """pieces: {name: {part: events}} → a piano roll of each, a colour a part, drums 60 lower; with --wav its sound."""
+
+    def draw(fig):
+        for ax, (title, parts) in zip(fig.subplots(len(pieces), squeeze=False, sharex=True).flat, pieces.items()):
+            for k, (part, events) in enumerate(parts.items()):
+                heights = (events[:, NOTE] & 127) - 60 * (events[:, NOTE] >> 7 == DRUMS)
+                begins = events[:, TIME] / resolution
+                ends = begins + np.maximum(events[:, DUR], 1) / resolution
+                ax.hlines(heights, begins, ends, f"C{k % 10}", lw=3, label=part)
+            ax.set(title=title, xlabel="seconds", ylabel="MIDI pitch (drums: − 60)")
+            ax.legend(loc="center right", fontsize=8)
+
+    if args.wav:
+        for title, parts in pieces.items():
+            write_wav(args.out / f"{title}.wav", np.concatenate(list(parts.values())), resolution)
+    figure(args.out / name, args, draw, (11, 4) if len(pieces) == 1 else (9, 9))
 
 
 def write_wav(path, events, resolution=100, rate=22_050):
     """Decaying sines, noise for drums; mono, 16 bits, −6 dB; ten minutes at most, from the first note on."""
-    begins = (events[:, TIME] - events[:, TIME].min(initial=2**40)) / resolution
-    lasts, noise = np.maximum(events[:, DUR] / resolution, 0.1), np.random.default_rng(0).standard_normal(rate * 100)
-    sound = np.zeros(int(rate * min(600, (begins + lasts).max(initial=0))) + 1)
+    begins = (events[:, TIME] - events[:, TIME].min()) / resolution
+    lasts, noise = np.maximum(events[:, DUR] / resolution, 0.1), np.random.default_rng(0)
+    sound = np.zeros(int(rate * min(600, (begins + lasts).max())))
     for begin, last, note in zip(begins.tolist(), lasts.tolist(), events[:, NOTE].tolist()):
-        place = int(begin * rate)
-        t = np.arange(len(sound[place : place + int(rate * last)])) / rate
-        phase = 2 * np.pi * 440 * 2 ** ((note % 128 - 69) / 12) * t
-        tone = noise[: len(t)] * np.exp(-20 * t) if note >> 7 == DRUMS else np.sin(phase) + np.sin(2 * phase) / 3
-        sound[place : place + len(t)] += tone * np.exp(-2 * t) * np.minimum(1, (last - t) / 0.05)
+        here = sound[int(begin * rate) :][: int(last * rate)]
+        t = np.arange(len(here)) / rate
+        if note >> 7 == DRUMS:
+            here += noise.standard_normal(len(t)) * np.exp(-20 * t)
+        else:
+            here += np.sin(2 * np.pi * 440 * 2 ** ((note % 128 - 69) / 12) * t) * np.exp(-2 * t)
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, rate, 0, "NONE", ""))
-        file.writeframes((sound * 16_383 / max(1e-9, np.abs(sound).max())).astype("<i2").tobytes())
+        file.writeframes((sound * 16_383 / np.abs(sound).max()).astype("<i2").tobytes())
     print(path)
-
-
-def draw_roll(ax, title, parts, resolution):
-    """Notes as lines, a colour a part; drums stand 60 lower."""
-    for k, (name, events) in enumerate(parts.items()):
-        heights = (events[:, NOTE] & 127) - 60 * (events[:, NOTE] >> 7 == DRUMS)
-        begins = events[:, TIME] / resolution
-        ax.hlines(heights, begins, begins + np.maximum(events[:, DUR], 1) / resolution, f"C{k % 10}", lw=3, label=name)
-    ax.set(title=title, xlabel="seconds", ylabel="MIDI pitch (drums: − 60)")
-    ax.legend(loc="center right", fontsize=8)
 
 
 # ==================================================================================== command line
@@ -1184,10 +1168,6 @@ def draw_roll(ax, title, parts, resolution):
 def time_span(text):
     start, end = map(float, text.split(":"))
     return start, end
-
-
-def program_list(text):
-    return [int(part) for part in text.split(",")]
 
 
 def parse_args(argv=None):
@@ -1211,8 +1191,8 @@ def parse_args(argv=None):
         "start": dict(type=float, help="second from which on music is new (5 s after the first note or the melody's)"),
         "end": dict(type=float, help="second at which it ends (start + 15; accompany: with the melody)"),
         "span": dict(type=time_span, required=True, help="FROM:TO in seconds, as 8:12"),
-        "melody": dict(default="auto", help="what stays: a program 0 … 127, track:N, channel:N (from 0) or auto"),
-        "instruments": dict(type=program_list, help="programs that play, as 0,32,128 = drums (those of the file)"),
+        "melody": dict(required=True, help="what stays: track:N, channel:N (from 0) or a program 0 … 128; see plot"),
+        "instruments": dict(type=int, nargs="+", help="programs that play, as 0 32 128 = drums (those of the file)"),
         "n": dict(type=int, default=1, help="versions (%(default)s)"),
         "top_p": dict(type=float, default=0.95, help="nucleus (%(default)s, the paper's; its repository has 0.98)"),
         "temperature": dict(type=float, default=1.0, help="of sampling; 0: always the likeliest (%(default)s)"),
@@ -1235,7 +1215,7 @@ def parse_args(argv=None):
 
     sampling = "instruments n top_p temperature window wav ckpt seed device out no_plot quiet"
     trained = "out/anticipation/demo/anticipatory.pt"
-    task(demo, "steps pieces seed out no_plot quiet", steps=500, device="cpu")
+    task(demo, "steps pieces seed out no_plot quiet", steps=500, device="cpu", wav=True)
     task(tokenize, "path out quiet")
     task(train, "data size ckpt steps batch_size lr save_every resume seed device out quiet")
     task(eval_, "data ckpt seed device out", ckpt="out/anticipation/train/checkpoint.pt")
