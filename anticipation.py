@@ -82,6 +82,7 @@ from collections import OrderedDict, defaultdict, deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from multiprocessing import Pool
 from operator import itemgetter
 from pathlib import Path
@@ -348,26 +349,30 @@ def row_of(sequence, anticipates, vocab):
 START = np.array([[0, 0, SEP, 0]])  # of a piece in a stream
 
 
+def as_events(notes):
+    """Notes (n, 3) as on disk → events (n, 4) int64, no controls."""
+    return np.insert(np.array(notes, np.int64), 3, 0, axis=1)
+
+
 class Rows:
     """Training rows by number: row i depends on (seed, i) alone, so a resumed run or one on more ranks sees the same.
 
     A row is a cut at a random place of a random copy of a random piece; where that ends, another begins. Ours: the
     authors write thirty copies of each piece to disk, end to end, and shuffle. The cut comes first, then the controls:
     of the notes from a row's length before the row to one after it. notes: (all, 3) time, duration, note, may be mapped
-    from a file; pieces: (first, past the last) of each."""
+    from a file; bounds: where the pieces begin, and the end."""
 
-    def __init__(self, notes, pieces, vocab, seed):
-        self.notes, self.pieces, self.vocab, self.seed = notes, pieces, vocab, seed
-        self.share = np.cumsum([last - first for first, last in pieces])
+    def __init__(self, notes, bounds, vocab, seed):
+        self.notes, self.bounds, self.vocab, self.seed = notes, bounds, vocab, seed
 
     def draw(self, rng, anywhere):
         """→ (a stream from a note on, at which its row begins; whether it has controls)."""
-        n, size = int(rng.integers(self.share[-1])), self.vocab.triplets
-        first, last = self.pieces[np.searchsorted(self.share, n, side="right")]
+        n, size = int(rng.integers(self.bounds[-1])), self.vocab.triplets
+        piece = np.searchsorted(self.bounds, n, side="right")
+        first, last = self.bounds[piece - 1 : piece + 1].tolist()
         begin = int(rng.integers(last - first)) if anywhere else 0
         lead = max(0, begin - size)
-        events = np.array(self.notes[first + lead : min(last, first + begin + size)], np.int64)
-        events = np.insert(events, 3, 0, axis=1)
+        events = as_events(self.notes[first + lead : min(last, first + begin + size)])
         mask = choose_controls(events, PRIOR[rng.integers(len(PRIOR))], rng, self.vocab)
         stream = interleave(events, mask, self.vocab)
         return (stream if lead else np.concatenate([START, stream]))[begin - lead :], bool(mask.any())
@@ -880,14 +885,18 @@ def demo(args):
                "autoregressive": partial(fill, learn("autoregressive", args), follow_events), "retrieval": retrieve}
     table, pictures = [], {}
     for name, play in players.items():
-        scores = []
+        row = [name]
         for question, (first, last, *rule) in QUESTIONS.items():
-            masks = [given(events, first, last, *rule) for events, _ in pieces]
-            new = [play(events, *mask, first, last, k) for k, ((events, _), mask) in enumerate(zip(pieces, masks))]
-            scores += np.mean([score(n, *piece, first, last) for n, piece in zip(new, pieces)], 0).tolist()
-            events, (known, kept) = pieces[0][0], masks[0]
-            pictures[re.sub(r"\W+", "_", f"{name}: {question}")] = dict(kept=events[kept], given=events[known & ~kept], new=new[0])
-        table.append([name, *scores])
+            scores = []
+            for k, (events, chords) in enumerate(pieces):
+                known, kept = given(events, first, last, *rule)
+                new = play(events, known, kept, first, last, k)
+                scores.append(score(new, events, chords, first, last))
+                if k == 0:
+                    parts = dict(kept=events[kept], given=events[known & ~kept], new=new)
+                    pictures[re.sub(r"\W+", "_", f"{name} {question}")] = parts
+            row += np.mean(scores, 0).tolist()
+        table.append(row)
     guesses = []  # the likeliest chord, given the one before and, where it stays, the one after
     for first, last, _, rest in QUESTIONS.values():
         right = [(CHAIN[chords[bar - 1]] * (CHAIN[:, chords[bar + 1]] if rest else 1)).argmax() == chords[bar]
@@ -906,7 +915,7 @@ def demo(args):
 
 
 def read_one(path):
-    """→ (path, split by the paper's rule for Lakh, events, "" or why not). In a process of its own."""
+    """→ (path, split by the paper's rule for Lakh, notes (n, 3) int32, "" or why not). In a process of its own."""
     name = path.stem if re.fullmatch("[0-9a-f]{32}", path.stem) else hashlib.md5(path.read_bytes()).hexdigest()
     split = {"e": "valid", "f": "test"}.get(name[0], "train")
     try:
@@ -914,55 +923,51 @@ def read_one(path):
     except OSError as error:
         return path, split, None, str(error)
     reason = why_not(events)
-    return path, split, events, reason and f"{path}: {reason}"
+    return path, split, events[:, :3].astype(np.int32), reason and f"{path}: {reason}"
 
 
 def tokenize(args):
-    """A folder of MIDI files → events.npy and index.json for train and eval, with the paper's filter (appendix E)."""
+    """A folder of MIDI files → for each split notes and bounds of pieces, with the paper's filter (appendix E)."""
     paths = sorted(p for p in args.path.rglob("*") if p.suffix.lower() in (".mid", ".midi"))
-    index, kept = [], []
+    splits, files = ({name: [] for name in ("train", "valid", "test")} for _ in range(2))
     with Pool() as pool:
-        read = pool.imap(read_one, paths, 25)
-        for path, split, events, reason in tqdm(read, "read", len(paths), disable=args.quiet):
+        for path, split, notes, reason in tqdm(pool.imap(read_one, paths, 25), "read", len(paths), disable=args.quiet):
             if reason:
                 print(reason)
             else:
-                index.append((str(path), split, len(events), float(events[-1, TIME]) / 100))
-                kept.append(events[:, :3].astype(np.int32))
-    if not kept:
+                splits[split].append(notes)
+                files[split].append(path)
+    if not any(splits.values()):
         fail(f"{args.path}: none of {len(paths)} .mid files can be read and passes the filter")
-    np.save(args.out / "events.npy", np.concatenate(kept))
-    (args.out / "index.json").write_text(json.dumps(index))
-    rows = []
-    for name in ("train", "valid", "test"):
-        sizes = [(n, seconds) for _, split, n, seconds in index if split == name]
-        rows.append((name, len(sizes), sum(n for n, _ in sizes), sum(seconds for _, seconds in sizes) / 3600))
-    print_table((f"{len(kept)} of {len(paths)} files kept", "pieces", "notes", "hours"), rows)
-    save_results(args.out, args, table=rows)
+    table = []
+    for name, pieces in splits.items():
+        notes = np.concatenate([np.zeros((0, 3), np.int32), *pieces])
+        np.save(args.out / f"{name}.npy", notes)
+        np.save(args.out / f"{name}_bounds.npy", np.cumsum([0, *map(len, pieces)]))
+        table.append((name, len(pieces), len(notes), sum(piece[-1, TIME] for piece in pieces) / 360_000))
+    kept = sum(map(len, splits.values()))
+    print_table((f"{kept} of {len(paths)} files kept", "pieces", "notes", "hours"), table)
+    save_results(args.out, args, table=table, files=files)
 
 
 def load_pieces(args, split, vocab):
-    """What tokenize wrote → (notes (all, 3) int32, not loaded; (first, past the last) of pieces; seconds in all)."""
+    """What tokenize wrote → notes (all, 3) int32, not loaded; bounds of the pieces."""
     if vocab != Vocabulary():
         fail(f"--ckpt {args.ckpt} has a vocabulary of its own, and the files the paper's")
-    if not (args.data / "index.json").exists():
+    if not (args.data / f"{split}.npy").exists():
         fail(f"--data {args.data} is no folder that tokenize wrote: python anticipation.py tokenize FOLDER")
-    index = json.loads((args.data / "index.json").read_text())
-    ends = np.cumsum([n for _, _, n, _ in index]).tolist()
-    chosen = [(end - n, end, seconds) for (_, name, n, seconds), end in zip(index, ends) if name == split]
-    return np.load(args.data / "events.npy", mmap_mode="r"), [c[:2] for c in chosen], sum(c[2] for c in chosen)
+    return np.load(args.data / f"{split}.npy", mmap_mode="r"), np.load(args.data / f"{split}_bounds.npy")
 
 
 @torch.no_grad()
 def held_out_table(model, vocab, args, split):
     """Section 4.1: bits a second; perplexities of a triplet and of its three ids. NaN: the split fills no row."""
-    notes, pieces, seconds = load_pieces(args, split, vocab)
-    stream = []
-    for first, last in pieces:
-        events = np.insert(np.array(notes[first:last], np.int64), 3, 0, axis=1)
+    notes, bounds = load_pieces(args, split, vocab)
+    stream = [START[:0]]
+    for first, last in pairwise(bounds):
+        events = as_events(notes[first:last])
         stream += [START, interleave(events, np.zeros(len(events), bool), vocab)]
-    stream, size = np.concatenate([START[:0], *stream]), vocab.triplets
-    nats = []
+    stream, size, nats = np.concatenate(stream), vocab.triplets, []
     for i in range(0, len(stream) - size + 1, size):
         if (row := row_of(stream[i : i + size], False, vocab)) is not None:
             ids, targets = collate([row])
@@ -971,6 +976,7 @@ def held_out_table(model, vocab, args, split):
     if not nats:
         return [("bits a second", math.nan)]
     bits = torch.stack(nats).numpy().reshape(-1, 3).mean(0) / math.log(2)  # of time, duration, note
+    seconds = notes[bounds[1:] - 1, TIME].sum() / vocab.resolution  # the last onset of each piece
     return [("bits a second", bits.sum() * len(stream) / seconds), ("perplexity of a triplet", 2 ** bits.sum()),
             *[(f"perplexity of a {name}", 2**b) for name, b in zip(("time", "duration", "note"), bits)]]
 
@@ -988,10 +994,10 @@ def train(args):
         model = MusicGPT(MusicConfig(vocab.size, vocab.context, n_layer, n_head, width, dropout))
     on_gpu = device.type == "cuda"
     steps, batch = args.steps or (100_000 if on_gpu else 100), args.batch_size or (512 if on_gpu else 8)
-    notes, pieces, _ = load_pieces(args, "train", vocab)
-    if not pieces:
+    notes, bounds = load_pieces(args, "train", vocab)
+    if not len(notes):
         fail(f"{args.data} has no piece in its train split")
-    rows = Rows(notes, pieces, vocab, args.seed)
+    rows = Rows(notes, bounds, vocab, args.seed)
     opt, checkpoint, first = make_adamw(model.to(device)), args.out / "checkpoint.pt", 0
     settings = [str(x) for x in (steps, batch, args.lr, args.size, args.ckpt, args.data, args.seed)]
     if args.resume:
@@ -1155,7 +1161,8 @@ def write_wav(path, events, resolution=100, rate=22_050):
         if note >> 7 == DRUMS:
             here += noise.standard_normal(len(t)) * np.exp(-20 * t)
         else:
-            here += np.sin(2 * np.pi * 440 * 2 ** ((note % 128 - 69) / 12) * t) * np.exp(-2 * t)
+            tone = np.sin(2 * np.pi * 440 * 2 ** ((note % 128 - 69) / 12) * t)
+            here += tone * np.exp(-2 * t) * np.minimum(1, (last - t) / 0.05)  # no click at its end
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, rate, 0, "NONE", ""))
         file.writeframes((sound * 16_383 / np.abs(sound).max()).astype("<i2").tobytes())

@@ -308,7 +308,7 @@ def test_rows_by_number():
     """Each id in its slot, times from 0, z as the copy has controls; wrong once: all of the file was read for a row."""
     pieces = [random_piece(np.random.default_rng(k), n, 10 * n)[:, :3] for k, n in enumerate((2000, 150))]
     notes = Notes(np.concatenate(pieces))
-    make = lambda: A.Rows(notes, [(0, 2000), (2000, 2150)], PAPER, 3)
+    make = lambda: A.Rows(notes, np.array([0, 2000, 2150]), PAPER, 3)
     rows = [make()[i] for i in range(40)]
     for row in rows:
         cut, sep = row[1:].reshape(-1, 3), (row[1:].reshape(-1, 3) == PAPER.sep).all(1)
@@ -634,21 +634,20 @@ def test_bulk_names_what_is_broken(work, capsys):
     for name in ("cut", "claims", "endless", "smpte", "type2", "text", "empty"):
         assert f"midi/{name}.mid cannot be read as MIDI: " in text
     assert "long_delta.mid" in text and time.process_time() - started < 30  # CPU: the endless number took 7.5 s
-    index = json.loads(Path("again/index.json").read_text())
-    events, at = np.load("again/events.npy"), 0
-    assert events.dtype == np.int32
-    for path, _, n, seconds in index:
-        whole = A.read_midi(path)
-        assert np.array_equal(events[at : at + n], whole[:, :3]) and seconds == whole[-1, TIME] / 100
-        at += n
+    for name, paths in json.loads(Path("again/results.json").read_text())["files"].items():
+        notes, bounds = np.load(f"again/{name}.npy"), np.load(f"again/{name}_bounds.npy")
+        wanted = [A.read_midi(path)[:, :3] for path in paths]
+        assert notes.dtype == np.int32 and bounds.tolist() == np.cumsum([0, *map(len, wanted)]).tolist()
+        assert np.array_equal(notes, np.concatenate([notes[:0], *wanted]))
 
 
 def test_bits_of_a_model_that_knows_nothing(work):
     """Each id costs log2 of the vocabulary; bits a second and perplexities follow, as in table 1 of the paper."""
     model, args, vocab = tiny_model(PAPER, n_layer=1, n_embd=4, std=0.0), A.parse_args(["eval"]), A.Vocabulary()
     table = dict(A.held_out_table(model, vocab, args, "test"))
-    notes, pieces, seconds = A.load_pieces(args, "test", vocab)
-    n = sum(1 + len(A.pad(np.insert(notes[a:b].astype(int), 3, 0, 1), int(notes[b - 1, 0]), 100)) for a, b in pieces)
+    notes, bounds = A.load_pieces(args, "test", vocab)
+    pieces = np.split(np.insert(notes.astype(int), 3, 0, 1), bounds[1:-1])
+    n, seconds = sum(1 + len(A.pad(p, p[-1, 0], 100)) for p in pieces), sum(p[-1, 0] / 100 for p in pieces)
     assert table["bits a second"] == pytest.approx(3 * n * math.log2(55_028) / seconds, rel=1e-5)
     assert table["perplexity of a triplet"] == pytest.approx(55_028**3, rel=1e-4)
 
