@@ -55,7 +55,8 @@ What is ours in the demo: 4 bins a second, δ = 2 s, 0.47M weights, no loss on c
 layer's number, and copies with the melody, or all after some bar, or both, as controls. `train` has the paper's: 10 %
 none, 10 % spans, 40 % random events, 40 % instruments; its rows are cut by number from copies made on the fly, not from
 a shuffled 104 GB file. RESTs cannot be drawn as times or durations, nor more than 64 triplets at one instant; a full
-window moves seldom ("hop") unless told --window exact. A model hears only its own programs: the demo's has four.
+window moves seldom ("hop") unless told --window exact. A file with a program that a model lacks is refused: the demo's
+models have four. A model without controls only continues. `eval` takes the test split, `train` the validation split.
 
 Reading goes by mido, tracks merged by ticks: 1.9 times the obvious loop (20 files, 66,810 notes), bit for bit the same;
 all of Lakh takes core-hours, once. GPU: not measured. The authors' weights: loading is tested on files of their layout,

@@ -461,7 +461,8 @@ def test_a_model_in_a_rut_comes_to_an_end():
         new = play(model, TINY, piece, piece, 2, 8)
         assert len(new) <= 6 * A.MOST_AT_ONCE and (new[:, TIME] >= 2).all()
     sampler = A.Sampler(model, TINY, TINY.sep + 1, [], [0])
-    assert [sampler.draw(5)[TIME] for _ in range(A.MOST_AT_ONCE + 1)] == [5] * A.MOST_AT_ONCE + [6]
+    draws = [sampler.draw(5) for _ in range(A.MOST_AT_ONCE + 1)]
+    assert draws == [[5, 0, REST, 0]] * A.MOST_AT_ONCE + [[6, 0, REST, 0]]
 
 
 def test_generation_looks_at_the_rest_and_not_into_the_gap():
@@ -660,8 +661,8 @@ def test_music_from_a_file(work, words, taken, first, last, capsys):
 
 def test_melodies(work):
     two = A.read_song(song("two.mid", programs=(0, 1), n=80))
-    two.parts[:, 2] = 0  # two piano tracks: wrong once, all was melody
-    assert [A.melody_of(two, asked).sum() for asked in ("track:1", "channel:1", "0")] == [40, 40, 80]
+    two.parts[:, 1:] = 5, 0  # two piano tracks: wrong once, all was melody
+    assert [A.melody_of(two, asked).sum() for asked in ("track:1", "channel:5", "0")] == [40, 80, 80]
 
 
 def test_a_gpus_path(work):
