@@ -1045,13 +1045,12 @@ def parts_of(song):
 
 def melody_of(song, asked):
     """→ (n,) bool. asked: a program, "track:1" or "channel:2"."""
-    name, _, number = asked.rpartition(":")
-    column = {"track": 0, "channel": 1}.get(name, 2)
-    mask = song.parts[:, column].astype(str) == number
-    if not mask.any():
-        has = [f"track:{t} channel:{c} program {p}, {its.sum()} notes" for (t, c, p), its in parts_of(song).items()]
+    parts = parts_of(song)
+    chosen = [its for (t, c, p), its in parts.items() if asked in (f"track:{t}", f"channel:{c}", f"{p}")]
+    if not chosen:
+        has = [f"track:{t} channel:{c} program {p}, {its.sum()} notes" for (t, c, p), its in parts.items()]
         fail(f"--melody {asked} is not there; the file has {'; '.join(has)}")
-    return mask
+    return np.any(chosen, 0)
 
 
 def open_both(args):

@@ -546,14 +546,13 @@ def test_telling_ahead_and_infilling():
 def test_band_and_its_scores():
     for k in range(5):
         events, chords = A.band(np.random.default_rng(k))
-        for bar, chord in enumerate(chords):
+        melody, bass = (events[events[:, NOTE] >> 7 == program] for program in (73, 32))
+        for bar, chord in enumerate(chords):  # the three first notes of its melody are the chord
             tones = {[0, 2, 4, 5, 7, 9, 11][(chord + step) % 7] for step in (0, 2, 4)}
-            here = events[events[:, TIME] // 8 == bar, NOTE]
-            for played in (here[here >> 7 == 0], here[here >> 7 == 73][:3]):
-                assert {n % 128 % 12 for n in played} == tones
+            assert set((melody[melody[:, TIME] // 8 == bar][:3, NOTE] % 128 % 12).tolist()) == tones
         moved = events + (events[:, NOTE] >> 7 == 32)[:, None] * np.array([0, 0, 1, 0])  # a half-tone up
-        assert A.score(events, events, chords, 2, 5) == (1, 1) and A.score(events[:0], events, chords, 2, 5) == (0, 0)
-        assert A.score(moved, events, chords, 2, 5)[0] == 0 and 0.5 < A.score(moved, events, chords, 2, 5)[1] < 1
+        right, silent, wrong = (A.score(new, events, chords, 2, 5) for new in (events, events[:0], moved))
+        assert right == (1, 1) and silent == (0, 0) and wrong[0] == 0 and 0.5 < wrong[1] < 1 and len(bass) == 12
 
 
 # ------------------------------------------------------------------------------------ 3. the tool
@@ -742,7 +741,7 @@ def test_two_ranks_train_as_one(work, handler):
     ("train --batch_size -2", "--batch_size -2"),
     ("train --resume --out new", "checkpoint.pt"),
     ("train --ckpt out/anticipation/demo/anticipatory.pt", "vocabulary of its own"),
-    ("accompany song.mid", "--melody"),
+    ("accompany song.mid", "--melody"), ("accompany song.mid --ckpt full.pt --melody part:0", "part:0 is not there"),
     ("demo --steps 0", "--steps"), ("continue song.mid --ckpt hub:../x", "hub:../x"),
     ("continue song.mid --ckpt hub:music-small-800k", "config.json")])
 def test_mistakes_end_in_one_line(work, words, says, monkeypatch, capsys):
