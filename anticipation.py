@@ -831,12 +831,6 @@ QUESTIONS = {  # name: first bar, past the last, is the melody kept, does the re
 }
 
 
-def given(events, first, last, keep_melody, rest):
-    """→ (n,) bool, (n,) bool: what a model is given to play bars first … last − 1; the melody, if it is kept."""
-    bar, melody = events[:, TIME] // BAR, keep_melody & (events[:, NOTE] >> 7 == MELODY)
-    return (bar < first) | rest & (bar >= last) | melody, melody
-
-
 def score(new, events, chords, first, last):
     """→ (share of bars whose bass begins on the chord's root and nowhere else; F1 of the notes but the melody's, right
     if program, pitch and bin are)."""
@@ -861,8 +855,8 @@ def learn(name, args):
 
 
 def fill(model, play, events, known, kept, first, last, seed):
-    """Bars first … last − 1 by a model, from the known events of a piece, of which those kept are controls."""
-    return play(model, MINI, events[known & ~kept], events[kept], first * BAR, last * BAR, seed=seed)
+    """Bars first … last − 1 by a model, from what is known of a piece; what is kept are its controls."""
+    return play(model, MINI, events[known], events[kept], first * BAR, last * BAR, seed=seed)
 
 
 def retrieve(events, known, kept, first, last, seed):
@@ -884,14 +878,15 @@ def demo(args):
     table, pictures = [], {}
     for name, play in players.items():
         row = [name]
-        for question, (first, last, *rule) in QUESTIONS.items():
+        for question, (first, last, keep_melody, rest) in QUESTIONS.items():
             scores = []
             for k, (events, chords) in enumerate(pieces):
-                known, kept = given(events, first, last, *rule)
+                bar, kept = events[:, TIME] // BAR, keep_melody & (events[:, NOTE] >> 7 == MELODY)
+                known = ((bar < first) | rest & (bar >= last)) & ~kept
                 new = play(events, known, kept, first, last, k)
                 scores.append(score(new, events, chords, first, last))
                 if k == 0:
-                    parts = dict(kept=events[kept], given=events[known & ~kept], new=new)
+                    parts = dict(kept=events[kept], given=events[known], new=new)
                     pictures[re.sub(r"\W+", "_", f"{name} {question}")] = parts
             row += np.mean(scores, 0).tolist()
         table.append(row)
