@@ -923,7 +923,7 @@ def tokenize(args):
     """A folder of MIDI files → for each split notes and bounds of pieces, with the paper's filter (appendix E)."""
     paths = sorted(p for p in args.path.rglob("*") if p.suffix.lower() in (".mid", ".midi"))
     splits, files = ({name: [] for name in ("train", "valid", "test")} for _ in range(2))
-    with Pool() as pool:
+    with Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:  # the parent hears Ctrl-C
         for path, split, notes, reason in tqdm(pool.imap(read_one, paths, 25), "read", len(paths), disable=args.quiet):
             if reason:
                 print(reason)

@@ -18,6 +18,7 @@ import mido
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import anticipation as A
 from anticipation import CTRL, DRUMS, DUR, NOTE, REST, TIME, MusicConfig, MusicGPT, Vocabulary
@@ -318,27 +319,21 @@ def tiny_model(vocab=TINY, **changes):
 
 
 def dense_gpt2(weights, ids, n_layer, n_head, by_layer):
-    """GPT-2 in numpy from its own layout, matrices (in, out), float64."""
-    w = {name.removeprefix("transformer."): t.double().numpy() for name, t in weights.items()}
-
-    def norm(x, name):
-        x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * w[name + ".weight"] + w[name + ".bias"]
-
-    def linear(x, name):
-        return x @ w[name + ".weight"] + w[name + ".bias"]
-
+    """GPT-2 from its own layout, matrices (in, out), float64, a head after the other."""
+    w = {name.removeprefix("transformer."): t.double() for name, t in weights.items()}
+    norm = lambda x, name: F.layer_norm(x, x.shape[1:], w[name + ".weight"], w[name + ".bias"])
+    linear = lambda x, name: x @ w[name + ".weight"] + w[name + ".bias"]
     x = w["wte.weight"][ids] + w["wpe.weight"][: len(ids)]
-    for i in range(n_layer):
-        h, heads = f"h.{i}.", []
-        for q, k, v in zip(*(np.split(part, n_head, -1) for part in np.split(
-                linear(norm(x, h + "ln_1"), h + "attn.c_attn"), 3, -1))):
-            a = np.exp(q @ k.T / math.sqrt(q.shape[1]) / (i + 1 if by_layer else 1)) * np.tri(len(ids))
-            heads.append(a / a.sum(-1, keepdims=True) @ v)
-        x = x + linear(np.concatenate(heads, -1), h + "attn.c_proj")
+    for h, layer in ((f"h.{i}.", i + 1) for i in range(n_layer)):
+        heads = []
+        for qkv in linear(norm(x, h + "ln_1"), h + "attn.c_attn").unflatten(1, (3, n_head, -1)).unbind(2):
+            q, k, v = qkv.unbind(1)
+            a = torch.exp(q @ k.T / math.sqrt(q.shape[1]) / (layer if by_layer else 1)).tril()
+            heads.append(a / a.sum(1, keepdim=True) @ v)
+        x = x + linear(torch.cat(heads, 1), h + "attn.c_proj")
         u = linear(norm(x, h + "ln_2"), h + "mlp.c_fc")
-        x = x + linear(0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))), h + "mlp.c_proj")
-    return norm(x, "ln_f") @ w["wte.weight"].T
+        x = x + linear(u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))), h + "mlp.c_proj")
+    return (norm(x, "ln_f") @ w["wte.weight"].T).numpy()
 
 
 @pytest.mark.parametrize("by_layer", [True, False])
