@@ -55,7 +55,8 @@ What is ours in the demo: 4 bins a second, δ = 2 s, 0.47M weights, no loss on c
 layer's number, and copies with the melody, or all after some bar, or both, as controls. `train` has the paper's: 10 %
 none, 10 % spans, 40 % random events, 40 % instruments; its rows are cut by number from copies made on the fly, not from
 a shuffled 104 GB file. RESTs cannot be drawn as times or durations, nor more than 64 triplets at one instant; a full
-window moves seldom ("hop") unless told --window exact. A model hears only its own programs: the demo's has four.
+window moves seldom ("hop") unless told --window exact. A file with a program that a model lacks is refused: the demo's
+models have four. A model without controls only continues. `eval` takes the test split, `train` the validation split.
 
 Reading goes by mido, tracks merged by ticks: 1.9 times the obvious loop (20 files, 66,810 notes), bit for bit the same;
 all of Lakh takes core-hours, once. GPU: not measured. The authors' weights: loading is tested on files of their layout,
@@ -73,17 +74,16 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import sys
 import wave
-from collections import defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
+from collections import OrderedDict, defaultdict, deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
+from itertools import pairwise
+from multiprocessing import Pool
 from operator import itemgetter
 from pathlib import Path
 
@@ -224,18 +224,17 @@ def read_song(path, vocab=None):
         now, last, scale = 0.0, 0, 500_000 * 1e-6 / file.ticks_per_beat
         program, open_notes, clock, strokes, rows = [0] * 16, defaultdict(deque), [(0, 0.0)], [], []
         for tick, place, number, m in messages:
-            if tick != last:
-                now += (tick - last) * scale
-                last = tick
-            if m.type == "note_on" or m.type == "note_off":
+            now += (tick - last) * scale
+            last = tick
+            if m.type in ("note_on", "note_off"):
                 played = DRUMS if m.channel == 9 else program[m.channel]
                 note, begins = 128 * played + m.note, m.type == "note_on" and m.velocity > 0
                 waiting = open_notes[note, m.channel]
                 strokes.append((now, note, begins))
                 if begins:
                     waiting.append((len(rows), now))
-                    time_and_duration = round(vocab.resolution * now), vocab.resolution // 4
-                    rows.append([*time_and_duration, note, 0, number, m.channel, played, place, -1])
+                    time, quarter = round(vocab.resolution * now), vocab.resolution // 4
+                    rows.append([time, quarter, note, 0, number, m.channel, played, place, -1])
                 elif waiting:
                     i, begun = waiting.popleft()
                     rows[i][DUR] = min(vocab.max_duration - 1, round(vocab.resolution * (now - begun)))
@@ -245,10 +244,10 @@ def read_song(path, vocab=None):
             elif m.type == "set_tempo":
                 scale = m.tempo * 1e-6 / file.ticks_per_beat
                 clock.append((tick, now))
-        if now > 86_400:
-            raise ValueError(f"it lasts {now / 3600:.3g} hours")
+        if not rows:
+            raise ValueError("it has no notes")
         clock.append((last + 1e6, now + 1e6 * scale))
-        rows = np.array(rows, np.int64).reshape(-1, 9)
+        rows = np.array(rows, np.int64)
     except Exception as error:  # mido raises a dozen kinds
         raise OSError(f"{path} cannot be read as MIDI: {str(error) or type(error).__name__}") from error
     return Song(file, rows[:, :4], rows[:, 4:7], rows[:, 7:], np.array(clock), strokes)
@@ -265,17 +264,17 @@ def write_midi(path, events, resolution=100, song=None, removed=None):
 
     A new program gets a channel that nothing uses or else, with 15 in use, the one that has it in the song; OSError if
     there is none. A note ends where its key is struck again; ends stand before what begins at the same tick."""
-    file, used, gone, place = mido.MidiFile(ticks_per_beat=50), {9}, set(), -1  # 50 at 120 beats a minute: 10 ms a tick
-    clock, owners = np.array([(0, 0), (1e8, 1e6)]), {DRUMS: 9}
+    file, clock, place = mido.MidiFile(ticks_per_beat=50), np.array([(0, 0), (1e8, 1e6)]), -1  # 10 ms a tick
+    used, owners = {9}, {}  # channels; which one a program has
     if song:
         clock, file.ticks_per_beat = song.clock, song.file.ticks_per_beat
         gone = set(song.places[removed].ravel().tolist())
-        owners |= {program: channel for _, channel, program in song.parts.tolist()}
-        used |= {m.channel for track in song.file.tracks for m in track if hasattr(m, "channel")}
+        owners = {program: channel for _, channel, program in song.parts.tolist()}
         for track in song.file.tracks:
             file.tracks.append(kept := mido.MidiTrack())
             late = 0
             for message in track:
+                used.add(getattr(message, "channel", 9))
                 place += 1
                 late += message.time
                 if place not in gone:
@@ -290,7 +289,7 @@ def write_midi(path, events, resolution=100, song=None, removed=None):
             next_begin[note] = begins[i]
             strokes[note >> 7] += [(min(max(ends[i], begins[i] + 1), again), 0, note & 127), (begins[i], 1, note & 127)]
     for program in sorted(strokes):
-        channel = owners.get(program) if program == DRUMS else min({*range(16)} - used, default=owners.get(program))
+        channel = 9 if program == DRUMS else min({*range(16)} - used, default=owners.get(program))
         if channel is None:
             raise OSError(f"no MIDI channel is free for program {program}: a file has 15, and one for drums")
         track, now = mido.MidiTrack([mido.Message("program_change", channel=channel, program=program & 127)]), 0
@@ -307,7 +306,7 @@ def write_midi(path, events, resolution=100, song=None, removed=None):
 
 def why_not(events, resolution=100):
     """The paper's filter (appendix E), in its order: "" or the rule that a piece breaks, with the value."""
-    n, seconds = len(events), events[:, TIME].max(initial=0) / resolution
+    n, seconds = len(events), events[:, TIME].max() / resolution
     n_programs = len(np.unique(events[:, NOTE] >> 7))
     rules = ((n < 100, f"{n} notes, fewer than 100"), (seconds < 10, f"{seconds:.1f} s, shorter than 10"),
              (seconds > 3600, f"{seconds:.0f} s, longer than 3600"),
@@ -349,26 +348,30 @@ def row_of(sequence, anticipates, vocab):
 START = np.array([[0, 0, SEP, 0]])  # of a piece in a stream
 
 
+def as_events(notes):
+    """Notes (n, 3) as on disk → events (n, 4) int64, no controls."""
+    return np.insert(np.array(notes, np.int64), 3, 0, axis=1)
+
+
 class Rows:
     """Training rows by number: row i depends on (seed, i) alone, so a resumed run or one on more ranks sees the same.
 
     A row is a cut at a random place of a random copy of a random piece; where that ends, another begins. Ours: the
     authors write thirty copies of each piece to disk, end to end, and shuffle. The cut comes first, then the controls:
     of the notes from a row's length before the row to one after it. notes: (all, 3) time, duration, note, may be mapped
-    from a file; pieces: (first, past the last) of each."""
+    from a file; bounds: where the pieces begin, and the end."""
 
-    def __init__(self, notes, pieces, vocab, seed):
-        self.notes, self.pieces, self.vocab, self.seed = notes, pieces, vocab, seed
-        self.share = np.cumsum([last - first for first, last in pieces])
+    def __init__(self, notes, bounds, vocab, seed):
+        self.notes, self.bounds, self.vocab, self.seed = notes, bounds, vocab, seed
 
     def draw(self, rng, anywhere):
         """→ (a stream from a note on, at which its row begins; whether it has controls)."""
-        n, size = int(rng.integers(self.share[-1])), self.vocab.triplets
-        first, last = self.pieces[np.searchsorted(self.share, n, side="right")]
+        n, size = int(rng.integers(self.bounds[-1])), self.vocab.triplets
+        piece = np.searchsorted(self.bounds, n, side="right")
+        first, last = self.bounds[piece - 1 : piece + 1].tolist()
         begin = int(rng.integers(last - first)) if anywhere else 0
         lead = max(0, begin - size)
-        events = np.array(self.notes[first + lead : min(last, first + begin + size)], np.int64)
-        events = np.insert(events, 3, 0, axis=1)
+        events = as_events(self.notes[first + lead : min(last, first + begin + size)])
         mask = choose_controls(events, PRIOR[rng.integers(len(PRIOR))], rng, self.vocab)
         stream = interleave(events, mask, self.vocab)
         return (stream if lead else np.concatenate([START, stream]))[begin - lead :], bool(mask.any())
@@ -409,11 +412,12 @@ class MusicBlock(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        d = config.n_embd
+        d, self.drop = config.n_embd, nn.Dropout(config.dropout)
         self.ln_1, self.ln_2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.attn = nn.ModuleDict(dict(c_attn=nn.Linear(d, 3 * d), c_proj=nn.Linear(d, d)))
-        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(d, 4 * d), c_proj=nn.Linear(4 * d, d)))
-        self.n_head, self.dropout = config.n_head, config.dropout
+        up, down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=up, gelu=nn.GELU("tanh"), c_proj=down))
+        self.n_head = config.n_head
         self.scale = (d // config.n_head) ** -0.5 / (layer + 1 if config.scale_by_layer else 1)
 
     def forward(self, x, past=None):
@@ -425,9 +429,8 @@ class MusicBlock(nn.Module):
         n, m = q.size(2), k.size(2)
         mask = None if n in (1, m) else torch.ones(n, m, dtype=torch.bool, device=x.device).tril(m - n)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=n == m, scale=self.scale)
-        x = x + F.dropout(self.attn["c_proj"](y.transpose(1, 2).flatten(2)), self.dropout, self.training)
-        h = self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
-        return x + F.dropout(h, self.dropout, self.training), (k, v)
+        x = x + self.drop(self.attn["c_proj"](y.transpose(1, 2).flatten(2)))
+        return x + self.drop(self.mlp(self.ln_2(x))), (k, v)
 
 
 class MusicGPT(nn.Module):
@@ -438,7 +441,7 @@ class MusicGPT(nn.Module):
         self.config = config
         self.wte, self.wpe = (nn.Embedding(n, config.n_embd) for n in (config.vocab_size, config.context))
         self.h = nn.ModuleList(MusicBlock(config, i) for i in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f, self.drop = nn.LayerNorm(config.n_embd), nn.Dropout(config.dropout)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=config.std)
@@ -448,8 +451,8 @@ class MusicGPT(nn.Module):
     def forward(self, ids, past=None, last=False):
         """past: of the tokens before these; last: logits of the last position alone, (batch, 1, vocab_size)."""
         start = past[0][0].size(2) if past else 0
-        x, present = self.wte(ids) + self.wpe.weight[start : start + ids.size(1)], []
-        x = F.dropout(x, self.config.dropout, self.training)
+        ids, present = ids.to(self.wte.weight.device), []
+        x = self.drop(self.wte(ids) + self.wpe.weight[start : start + ids.size(1)])
         for i, block in enumerate(self.h):
             x, kv = block(x, past[i] if past else None)
             present.append(kv)
@@ -483,54 +486,58 @@ def nucleus(logits, allowed, temperature, top_p, generator):
 class Sampler:
     """The triplets so far, `history`, and draws of the next from a model (ids, past, last) → (logits, past).
 
-    Times count from the earliest of the window, so moving the window renews every id and the cache is void. window:
-    "hop" lets it fill, then keeps three quarters; "exact" keeps the latest at each step, as the authors do (339)."""
+    Times count from the earliest of the window, so moving the window renews every id: the cache holds as long as what
+    it has read is how the ids begin. window: "exact" moves it by a triplet at each step once it is full, with 339
+    triplets, as the authors do; "hop" by a quarter."""
 
-    def __init__(self, model, vocab, flag, history, window="hop", top_p=0.95, temperature=1.0, seed=0):
+    def __init__(self, model, vocab, flag, history, programs, window="hop", top_p=0.95, temperature=1.0, seed=0):
         self.model, self.vocab, self.flag, self.history = model, vocab, flag, history
-        self.device = next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
-        self.most = (vocab.context - 3) // 3 - (window == "exact")  # with the flag and two ids of the next triplet
-        self.share = 1 if window == "exact" else 0.75
+        self.share = 1 if window == "exact" else 0.75  # of a full window that stays when it moves
         self.options = temperature, top_p, torch.Generator().manual_seed(seed)
-        self.first, self.origin, self.read, self.past = 0, None, 0, None  # read: triplets whose keys and values we have
+        self.notes = [128 * program + pitch for program in vocab.programs for pitch in range(128)] + [REST]
+        self.plays = torch.tensor([note == REST or note >> 7 in programs for note in self.notes])
         self.latest = deque(maxlen=MOST_AT_ONCE)
+        self.first, self.read, self.past = 0, [], None  # where the window begins; ids whose keys and values `past` has
 
     def run(self, ids, past):
-        logits, past = self.model(torch.tensor([ids], device=self.device), past, last=True)
+        logits, past = self.model(torch.tensor([ids]), past, last=True)
         return logits[0, -1].float().cpu(), past
 
+    def full(self, share, earliest):
+        """Has the window more than a share of the triplets that fit, or of the time?"""
+        times = [event[TIME] for event in self.history[self.first :]] + [earliest]
+        too_long = max(times) - min(times) + self.vocab.density >= share * self.vocab.max_time
+        return too_long or len(times) - 1 > share * (self.vocab.triplets - 2)  # one is to come; the authors': 339
+
     @torch.no_grad()
-    def draw(self, earliest, programs):
-        """→ [time, duration, note, 0], not before `earliest`, a REST or by one of `programs`; not added to history."""
+    def draw(self, earliest):
+        """→ [time, duration, note, 0], not before `earliest`, by one of the programs or a REST; not in history yet."""
         vocab, earliest = self.vocab, earliest + (self.latest.count(earliest) == MOST_AT_ONCE)
-        if len(self.history) - self.first > self.most:
-            self.first = len(self.history) - int(self.share * self.most)
-        times = [earliest, *(event[TIME] for event in self.history[self.first :])]
-        fits = lambda room: max(times) - min(times) + vocab.density < room
-        if not fits(vocab.max_time):  # the clock of a row runs out
-            while not fits(self.share * vocab.max_time):
-                del times[1]
+        if self.full(1, earliest):
+            while self.full(self.share, earliest):
                 self.first += 1
-        if (self.first, min(times)) != self.origin:
-            self.origin, self.past, self.read = (self.first, min(times)), None, self.first
-        if self.past is None or self.read < len(self.history):
-            fresh = np.array(self.history[self.read :], np.int64).reshape(-1, 4) - [self.origin[1], 0, 0, 0]
-            ids = ([self.flag] if self.past is None else []) + triplet_ids(fresh, vocab).tolist()
-            self.logits, self.past = self.run(ids, self.past)
-            self.read = len(self.history)
-        logits, past, drawn = self.logits, self.past, []
-        plays = torch.tensor([program in programs for program in vocab.programs]).repeat_interleave(128)
+        window = np.array(self.history[self.first :], np.int64).reshape(-1, 4)
+        zero = int(window[:, TIME].min(initial=earliest))
+        ids = [self.flag, *triplet_ids(window - [zero, 0, 0, 0], vocab).tolist()]
+        if ids[: len(self.read)] != self.read:
+            self.read, self.past = [], None
+        if fresh := ids[len(self.read) :]:
+            self.logits, self.past = self.run(fresh, self.past)
+        self.read, logits, past, drawn = ids, self.logits, self.past, []
+        allowed = torch.cat([torch.arange(vocab.first_note) >= earliest - zero, self.plays])  # any duration
         for slot, (low, high) in enumerate(vocab.slots):
-            allowed = torch.arange(high - low) >= (earliest - self.origin[1] if slot == TIME else 0)
-            if slot == NOTE:
-                allowed[:-1] = plays
-            drawn.append(nucleus(logits[low:high], allowed, *self.options))
+            drawn.append(nucleus(logits[low:high], allowed[low:high], *self.options))
             if slot < NOTE:
                 logits, past = self.run([low + drawn[-1]], past)
-        self.latest.append(drawn[TIME] + self.origin[1])
-        if drawn[NOTE] == vocab.rest - vocab.first_note:
-            return [self.latest[-1], 0, REST, 0]
-        return [self.latest[-1], drawn[DUR], 128 * vocab.programs[drawn[NOTE] // 128] + drawn[NOTE] % 128, 0]
+        time, duration, note = drawn[TIME] + zero, drawn[DUR], self.notes[drawn[NOTE]]
+        self.latest.append(time)
+        return [time, 0 if note == REST else duration, note, 0]
+
+
+def merge(first, second):
+    """Two lists of events (n, 4) as one by time; the first goes first in ties."""
+    both = np.concatenate([first, second])
+    return both[np.argsort(both[:, TIME], kind="stable")]
 
 
 def generate(model, vocab, inputs, controls, start, end, programs=None, progress=lambda time: 0, **options):
@@ -539,48 +546,47 @@ def generate(model, vocab, inputs, controls, start, end, programs=None, progress
     inputs (k, 4): those before start are the prompt; those from end on are told δ early, and so are the controls (m,
     4), the parts that are kept. What lies between is not looked at. programs: those that may play; options:
     Sampler's."""
-    future = np.concatenate([controls, inputs[inputs[:, TIME] >= end]])  # the kept part first in ties
-    future = future[np.argsort(future[:, TIME], kind="stable")]
+    future = merge(controls, inputs[inputs[:, TIME] >= end])
     future[:, CTRL] = 1
     prompt = pad(inputs[inputs[:, TIME] < start], start, vocab.density)
     history, waiting = anticipate(prompt, future, vocab.delta)
-    sampler = Sampler(model, vocab, vocab.sep + 1 + bool(len(future)), history.tolist(), **options)
-    waiting, now, drawn = deque(waiting.tolist()), int(prompt[-1, TIME]) if len(prompt) else 0, []
+    flag = vocab.sep + 1 + bool(len(future))
+    sampler = Sampler(model, vocab, flag, history.tolist(), programs or vocab.programs, **options)
+    waiting, now, new = deque(waiting.tolist()), int(prompt[:, TIME].max(initial=0)), []
     while True:
         while waiting and now >= waiting[0][TIME] - vocab.delta:
             sampler.history.append(waiting.popleft())
-        event = sampler.draw(max(start, now), programs or vocab.programs)
-        if event[TIME] >= end:
-            return np.array([e for e in drawn if e[NOTE] != REST], np.int64).reshape(-1, 4)
-        sampler.history.append(event)
-        drawn.append(event)
+        event = sampler.draw(max(start, now))
         now = event[TIME]
+        if now >= end:
+            return np.array(new, np.int64).reshape(-1, 4)
+        sampler.history.append(event)
+        if event[NOTE] != REST:
+            new.append(event)
         progress(now)
 
 
-def follow_events(model, vocab, inputs, melody, start, end, programs=None, progress=lambda time: 0, **options):
+def follow_events(model, vocab, inputs, melody, start, end, **options):
     """Algorithm 2, the baseline without anticipation, made fair → new events (n, 4) in [start, end).
 
     The melody's notes up to a drawn event's time go in before it, as events. A drawn note of the melody's own program
     is dropped: kept, such notes are the copies and dissonances that the paper describes."""
-    known = np.concatenate([melody, inputs])  # the melody first in ties
-    known = known[np.argsort(known[:, TIME], kind="stable")]
-    prompt = pad(known[known[:, TIME] < start], start, vocab.density).tolist()
-    sampler = Sampler(model, vocab, vocab.sep + 1, prompt, **options)
-    waiting, own = deque(melody[melody[:, TIME] >= start].tolist()), set((melody[:, NOTE] >> 7).tolist())
-    now, drawn = start, []
+    known = merge(melody, inputs)
+    prompt = pad(known[known[:, TIME] < start], start, vocab.density)
+    sampler = Sampler(model, vocab, vocab.sep + 1, prompt.tolist(), vocab.programs, **options)
+    waiting, now, new = deque(melody[melody[:, TIME] >= start].tolist()), start, []
     while True:
-        event = sampler.draw(now, own.union(programs or vocab.programs))
+        event = sampler.draw(now)
         if event[TIME] >= end:
-            return np.array([e for e in drawn if e[NOTE] != REST], np.int64).reshape(-1, 4)
+            return np.array(new, np.int64).reshape(-1, 4)
         while waiting and waiting[0][TIME] <= event[TIME]:
             sampler.history.append(waiting.popleft())
             now = sampler.history[-1][TIME]
-        if event[NOTE] == REST or event[NOTE] >> 7 not in own:
-            sampler.history.append(event)
-            drawn.append(event)
+        if event[NOTE] >> 7 not in melody[:, NOTE] >> 7:
             now = event[TIME]
-            progress(now)
+            sampler.history.append(event)
+            if event[NOTE] != REST:
+                new.append(event)
 
 
 # ==================================================================================== the same in every file
@@ -680,61 +686,50 @@ def figure(path, args, draw, size=(7, 4.5)):
 # ==================================================================================== training
 
 
-class MusicLoss(nn.Module):
-    """Mean cross-entropy over the targets that are not −1, as one module for torch.compile and DDP."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids, targets):
-        return F.cross_entropy(self.model(ids)[0].float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-
 def collate(rows, silent=None):
     """Rows of ids → ids, targets (batch, seq) int64; −1 = no target: filled up; with silent = vocabulary, controls."""
-    longest = max(map(len, rows)) - 1
-    ids, targets = torch.zeros(len(rows), longest, dtype=torch.int64), torch.full((len(rows), longest), -1)
-    for i, row in enumerate(rows):
-        ids[i, : len(row) - 1], targets[i, : len(row) - 1] = torch.from_numpy(row[:-1]), torch.from_numpy(row[1:])
+    ids = nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], True, -1)
+    targets = ids[:, 1:].clone()
     if silent:
         targets[(targets >= silent.control) & (targets < silent.sep)] = -1
-    return ids, targets
+    return ids[:, :-1].clamp(0), targets
 
 
-def music_updates(model, opt, rows, steps, batch, lr, warmup, first=0, micro=None, stop=(), quiet=False, name="train",
-                  silent=None):
+def music_loss(model, ids, targets):
+    """Mean cross-entropy over the targets that are not −1."""
+    logits = model(ids)[0].float()  # (batch, seq, vocab_size)
+    return F.cross_entropy(logits.flatten(0, 1), targets.to(logits.device).flatten(), ignore_index=-1)
+
+
+def music_updates(model, opt, rows, steps, batch, lr, warmup, first=0, stop=(), quiet=False, name="train", silent=None):
     """Section 4: linear warm-up, then a cosine to 0; gradients clipped to norm 1. Update s takes rows s·batch to (s +
     1)·batch − 1, whoever has them. After each yields (updates done, loss, is something in a rank's list `stop`?)."""
     device, rank, world = model.wte.weight.device, 0, 1
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
-    micro = micro or math.gcd(batch // world, 8)
-    if not micro or batch % (micro * world):
-        fail(f"--batch_size {batch} is not a multiple of {micro} rows a forward pass × {world} ranks")
-    ddp = loss_of = MusicLoss(model.train())
-    if world > 1:
-        ddp = loss_of = nn.parallel.DistributedDataParallel(ddp)
-    if on_gpu := device.type == "cuda":
-        loss_of = torch.compile(ddp)
-    cast = torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
+    if batch < 1 or batch % world:
+        fail(f"--batch_size {batch} is not a multiple of {world} ranks")
+    micro = math.gcd(batch // world, 8)  # rows a forward pass
+    passes, on_gpu = batch // (micro * world), device.type == "cuda"
+    loss_of = torch.compile(music_loss) if on_gpu else music_loss
     numbers = (range(i, i + micro) for i in range(first * batch + rank * micro, steps * batch, world * micro))
     workers = min(8, os.cpu_count()) if on_gpu else 0
-    rows = DataLoader(rows, batch_sampler=numbers, collate_fn=partial(collate, silent=silent), num_workers=workers)
-    stream = iter(rows)
+    batches = iter(DataLoader(rows, batch_sampler=numbers, collate_fn=partial(collate, silent=silent),
+                              num_workers=workers))
+    model.train()
     for step in tqdm(range(first, steps), name, steps, initial=first, disable=quiet or rank > 0):
         for group in opt.param_groups:
             group["lr"] = lr * min((step + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * step / steps))
         torch.manual_seed(step * world + rank)  # of dropout, so that a resumed run is the same
-        total, passes = torch.tensor([0.0, len(stop)], device=device), batch // (micro * world)
-        for i in range(passes):
-            ids, targets = (t.to(device, non_blocking=True) for t in next(stream))
-            with cast, ddp.no_sync() if world > 1 and i + 1 < passes else nullcontext():
-                loss = loss_of(ids, targets) / passes
-                loss.backward()
-            total[0] += loss.detach() / world
-        if world > 1:
-            dist.all_reduce(total)
+        total = torch.tensor([0.0, len(stop)], device=device)
+        for _ in range(passes):
+            with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
+                loss = loss_of(model, *next(batches)) / (passes * world)
+            loss.backward()
+            total[0] += loss.detach()
+        if world > 1:  # once an update, so no DistributedDataParallel
+            for x in (total, *(p.grad for p in model.parameters())):
+                dist.all_reduce(x)
         if not math.isfinite(nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
             fail(f"step {step + 1}: the gradient is not finite: start anew with a lower --lr")
         opt.step()
@@ -744,18 +739,6 @@ def music_updates(model, opt, rows, steps, batch, lr, warmup, first=0, micro=Non
 
 def make_adamw(model, beta2=0.999):
     return torch.optim.AdamW(model.parameters(), 0.0, (0.9, beta2), weight_decay=0.1, fused=True)
-
-
-@torch.no_grad()
-def row_bits(model, rows):
-    """−log2 p of every id of rows of one length but the first: (rows, length − 1) float64."""
-    model.eval()
-    batch, device = max(1, 2**23 // (model.config.vocab_size * len(rows[0]))), model.wte.weight.device
-    out = []
-    for i in range(0, len(rows), batch):
-        ids, targets = (t.to(device) for t in collate(rows[i : i + batch]))
-        out.append(F.cross_entropy(model(ids)[0].float().transpose(1, 2), targets, reduction="none").double().cpu())
-    return torch.cat(out).numpy() / math.log(2)
 
 
 def save_music(path, model, vocab, anticipatory, **more):
@@ -776,10 +759,10 @@ def open_music(name, device="cpu"):
                 fail(f"--ckpt {name}: a name has letters, digits, dots and dashes, as hub:music-small-800k")
             about = json.loads(download(HUB.format(name[4:], "config.json")).read_text())
             path = download(HUB.format(name[4:], "pytorch_model.bin"))
-            shape = [about[key] for key in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
-            by_layer = about.get("scale_attn_by_inverse_layer_idx", False)
-            model = MusicGPT(MusicConfig(*shape, scale_by_layer=by_layer))
             vocab, anticipatory = Vocabulary(), "-ar-" not in name
+            shape = [about[key] for key in ("n_positions", "n_layer", "n_head", "n_embd")]
+            by_layer = about.get("scale_attn_by_inverse_layer_idx", False)
+            model = MusicGPT(MusicConfig(vocab.size, *shape, scale_by_layer=by_layer))
             model.load_gpt2(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         else:
             saved = torch.load(name, map_location="cpu", weights_only=True)
@@ -788,11 +771,10 @@ def open_music(name, device="cpu"):
             model.load_state_dict(saved["model"])
     except FileNotFoundError:
         fail(f"no checkpoint {name}: run python anticipation.py first, or give --ckpt FILE or hub:music-small-800k")
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        fail(f"{name} is no checkpoint of this program: {error!r:.200}")
-    if model.config.vocab_size != vocab.size:
-        fail(f"{name} has {model.config.vocab_size:,} ids, a triplet's model {vocab.size:,}. Interarrival? There a "
-             "time is the sum of the steps before it, so nothing can be told ahead")
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises a dozen kinds
+        fail(f"{name} is no checkpoint of this program (one with interarrival ids is none): {error!r:.200}")
     return model.to(device).eval(), vocab, anticipatory
 
 
@@ -849,12 +831,6 @@ QUESTIONS = {  # name: first bar, past the last, is the melody kept, does the re
 }
 
 
-def given(events, first, last, keep_melody, rest):
-    """→ (n,) bool, (n,) bool: what a model is given to play bars first … last − 1; the melody, if it is kept."""
-    bar, melody = events[:, TIME] // BAR, keep_melody & (events[:, NOTE] >> 7 == MELODY)
-    return (bar < first) | rest & (bar >= last) | melody, melody
-
-
 def score(new, events, chords, first, last):
     """→ (share of bars whose bass begins on the chord's root and nowhere else; F1 of the notes but the melody's, right
     if program, pitch and bin are)."""
@@ -879,8 +855,8 @@ def learn(name, args):
 
 
 def fill(model, play, events, known, kept, first, last, seed):
-    """Bars first … last − 1 by a model, from the known events of a piece, of which those kept are controls."""
-    return play(model, MINI, events[known & ~kept], events[kept], first * BAR, last * BAR, seed=seed)
+    """Bars first … last − 1 by a model, from what is known of a piece; what is kept are its controls."""
+    return play(model, MINI, events[known], events[kept], first * BAR, last * BAR, seed=seed)
 
 
 def retrieve(events, known, kept, first, last, seed):
@@ -901,14 +877,19 @@ def demo(args):
                "autoregressive": partial(fill, learn("autoregressive", args), follow_events), "retrieval": retrieve}
     table, pictures = [], {}
     for name, play in players.items():
-        scores = []
-        for question, (first, last, *rule) in QUESTIONS.items():
-            masks = [given(events, first, last, *rule) for events, _ in pieces]
-            new = [play(events, *mask, first, last, k) for k, ((events, _), mask) in enumerate(zip(pieces, masks))]
-            scores += np.mean([score(n, *piece, first, last) for n, piece in zip(new, pieces)], 0).tolist()
-            events, (known, kept) = pieces[0][0], masks[0]
-            pictures[f"{name}: {question}"] = dict(kept=events[kept], given=events[known & ~kept], new=new[0])
-        table.append([name, *scores])
+        row = [name]
+        for question, (first, last, keep_melody, rest) in QUESTIONS.items():
+            scores = []
+            for k, (events, chords) in enumerate(pieces):
+                bar, kept = events[:, TIME] // BAR, keep_melody & (events[:, NOTE] >> 7 == MELODY)
+                known = ((bar < first) | rest & (bar >= last)) & ~kept
+                new = play(events, known, kept, first, last, k)
+                scores.append(score(new, events, chords, first, last))
+                if k == 0:
+                    parts = dict(kept=events[kept], given=events[known], new=new)
+                    pictures[re.sub(r"\W+", "_", f"{name} {question}")] = parts
+            row += np.mean(scores, 0).tolist()
+        table.append(row)
     guesses = []  # the likeliest chord, given the one before and, where it stays, the one after
     for first, last, _, rest in QUESTIONS.values():
         right = [(CHAIN[chords[bar - 1]] * (CHAIN[:, chords[bar + 1]] if rest else 1)).argmax() == chords[bar]
@@ -916,24 +897,18 @@ def demo(args):
         guesses += [float(np.mean(right)), ""]
     table.append(["the chain's best guess", *guesses])
     print_table([f"{args.pieces} pieces", *[word for name in QUESTIONS for word in (f"{name}: root", "F1")]], table)
-    chosen = list(pictures)[:2] + list(pictures)[3:4]
-    for title in chosen:
-        stem = args.out / re.sub(r"\W+", "_", title)
-        write_midi(stem.with_suffix(".mid"), np.concatenate(list(pictures[title].values())), MINI.resolution)
-        write_wav(stem.with_suffix(".wav"), np.concatenate(list(pictures[title].values())), MINI.resolution)
+    chosen = {name: pictures[name] for name in (*list(pictures)[:2], list(pictures)[3])}
+    for name, parts in chosen.items():
+        write_midi(args.out / f"{name}.mid", np.concatenate(list(parts.values())), MINI.resolution)
     save_results(args.out, args, questions=QUESTIONS, table=table)
+    show_parts(args, chosen, "demo.png", MINI.resolution)
 
-    def draw(fig):
-        for ax, title in zip(fig.subplots(3, sharex=True), chosen):
-            draw_roll(ax, title, pictures[title], MINI.resolution)
-
-    figure(args.out / "demo.png", args, draw, (9, 9))
 
 # ==================================================================================== files, training, evaluation
 
 
 def read_one(path):
-    """→ (path, split by the paper's rule for Lakh, events, "" or why not). In a process of its own."""
+    """→ (path, split by the paper's rule for Lakh, notes (n, 3) int32, "" or why not). In a process of its own."""
     name = path.stem if re.fullmatch("[0-9a-f]{32}", path.stem) else hashlib.md5(path.read_bytes()).hexdigest()
     split = {"e": "valid", "f": "test"}.get(name[0], "train")
     try:
@@ -941,61 +916,62 @@ def read_one(path):
     except OSError as error:
         return path, split, None, str(error)
     reason = why_not(events)
-    return path, split, events, reason and f"{path}: {reason}"
+    return path, split, events[:, :3].astype(np.int32), reason and f"{path}: {reason}"
 
 
 def tokenize(args):
-    """A folder of MIDI files → events.npy and index.json for train and eval, with the paper's filter (appendix E)."""
+    """A folder of MIDI files → for each split notes and bounds of pieces, with the paper's filter (appendix E)."""
     paths = sorted(p for p in args.path.rglob("*") if p.suffix.lower() in (".mid", ".midi"))
-    many, index, kept = len(paths) > 500, [], []
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) if many else nullcontext() as pool:
-        read = partial(pool.map, chunksize=25) if many else map
-        for path, split, events, reason in tqdm(read(read_one, paths), "read", len(paths), disable=args.quiet):
+    splits, files = ({name: [] for name in ("train", "valid", "test")} for _ in range(2))
+    with Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:  # the parent hears Ctrl-C
+        for path, split, notes, reason in tqdm(pool.imap(read_one, paths, 25), "read", len(paths), disable=args.quiet):
             if reason:
                 print(reason)
             else:
-                index.append((str(path), split, len(events), float(events[-1, TIME]) / 100))
-                kept.append(events[:, :3].astype(np.int32))
-    if not kept:
+                splits[split].append(notes)
+                files[split].append(path)
+    if not any(splits.values()):
         fail(f"{args.path}: none of {len(paths)} .mid files can be read and passes the filter")
-    np.save(args.out / "events.npy", np.concatenate(kept))
-    (args.out / "index.json").write_text(json.dumps(index))
-    rows = []
-    for name in ("train", "valid", "test"):
-        sizes = [(n, seconds) for _, split, n, seconds in index if split == name]
-        rows.append((name, len(sizes), sum(n for n, _ in sizes), sum(seconds for _, seconds in sizes) / 3600))
-    print_table((f"{len(kept)} of {len(paths)} files kept", "pieces", "notes", "hours"), rows)
-    save_results(args.out, args, table=rows)
+    table = []
+    for name, pieces in splits.items():
+        notes = np.concatenate([np.zeros((0, 3), np.int32), *pieces])
+        np.save(args.out / f"{name}.npy", notes)
+        np.save(args.out / f"{name}_bounds.npy", np.cumsum([0, *map(len, pieces)]))
+        table.append((name, len(pieces), len(notes), sum(piece[-1, TIME] for piece in pieces) / 360_000))
+    kept = sum(map(len, splits.values()))
+    print_table((f"{kept} of {len(paths)} files kept", "pieces", "notes", "hours"), table)
+    save_results(args.out, args, table=table, files=files)
 
 
 def load_pieces(args, split, vocab):
-    """What tokenize wrote → (notes (all, 3) int32, not loaded; (first, past the last) of pieces; seconds in all)."""
+    """What tokenize wrote → notes (all, 3) int32, not loaded; bounds of the pieces."""
     if vocab != Vocabulary():
         fail(f"--ckpt {args.ckpt} has a vocabulary of its own, and the files the paper's")
-    if not (args.data / "index.json").exists():
+    if not (args.data / f"{split}.npy").exists():
         fail(f"--data {args.data} is no folder that tokenize wrote: python anticipation.py tokenize FOLDER")
-    index = json.loads((args.data / "index.json").read_text())
-    ends = np.cumsum([n for _, _, n, _ in index]).tolist()
-    chosen = [(end - n, end, seconds) for (_, name, n, seconds), end in zip(index, ends) if name == split]
-    return np.load(args.data / "events.npy", mmap_mode="r"), [c[:2] for c in chosen], sum(c[2] for c in chosen)
+    return np.load(args.data / f"{split}.npy", mmap_mode="r"), np.load(args.data / f"{split}_bounds.npy")
 
 
+@torch.no_grad()
 def held_out_table(model, vocab, args, split):
     """Section 4.1: bits a second; perplexities of a triplet and of its three ids. NaN: the split fills no row."""
-    notes, pieces, seconds = load_pieces(args, split, vocab)
-    stream = []
-    for first, last in pieces:
-        events = np.insert(np.array(notes[first:last], np.int64), 3, 0, axis=1)
+    notes, bounds = load_pieces(args, split, vocab)
+    stream = [START[:0]]
+    for first, last in pairwise(bounds):
+        events = as_events(notes[first:last])
         stream += [START, interleave(events, np.zeros(len(events), bool), vocab)]
-    stream, size = np.concatenate([START[:0], *stream]), vocab.triplets
-    cuts = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
-    rows = [row for cut in cuts if (row := row_of(cut, False, vocab)) is not None]
-    if not rows:
+    stream, size, nats = np.concatenate(stream), vocab.triplets, []
+    for i in range(0, len(stream) - size + 1, size):
+        if (row := row_of(stream[i : i + size], False, vocab)) is not None:
+            ids, targets = collate([row])
+            logits = model.eval()(ids)[0][0].float()
+            nats.append(F.cross_entropy(logits, targets[0].to(logits.device), reduction="none").double().cpu())
+    if not nats:
         return [("bits a second", math.nan)]
-    bits = row_bits(model, rows).reshape(len(rows), -1, 3).mean((0, 1))  # of time, duration, note
-    names = "time", "duration", "note"
+    bits = torch.stack(nats).numpy().reshape(-1, 3).mean(0) / math.log(2)  # of time, duration, note
+    seconds = notes[bounds[1:] - 1, TIME].sum() / vocab.resolution  # the last onset of each piece
     return [("bits a second", bits.sum() * len(stream) / seconds), ("perplexity of a triplet", 2 ** bits.sum()),
-            *[(f"perplexity of a {name}", 2**b) for name, b in zip(names, bits)]]
+            *[(f"perplexity of a {name}", 2**b) for name, b in zip(("time", "duration", "note"), bits)]]
 
 
 def train(args):
@@ -1011,24 +987,23 @@ def train(args):
         model = MusicGPT(MusicConfig(vocab.size, vocab.context, n_layer, n_head, width, dropout))
     on_gpu = device.type == "cuda"
     steps, batch = args.steps or (100_000 if on_gpu else 100), args.batch_size or (512 if on_gpu else 8)
-    notes, pieces, _ = load_pieces(args, "train", vocab)
-    if not pieces:
+    notes, bounds = load_pieces(args, "train", vocab)
+    if not len(notes):
         fail(f"{args.data} has no piece in its train split")
-    rows = Rows(notes, pieces, vocab, args.seed)
+    rows = Rows(notes, bounds, vocab, args.seed)
     opt, checkpoint, first = make_adamw(model.to(device)), args.out / "checkpoint.pt", 0
-    free = dict.fromkeys(("task", "out", "resume", "quiet", "device", "micro_batch_size", "save_every"))
-    settings = {name: str(value) for name, value in (vars(args) | free | dict(steps=steps, batch_size=batch)).items()}
+    settings = [str(x) for x in (steps, batch, args.lr, args.size, args.ckpt, args.data, args.seed)]
     if args.resume:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if saved["settings"] != settings:
-            fail(f"{checkpoint} is of another run, with {saved['settings']}")
+            fail(f"{checkpoint} is of another run: {', '.join(saved['settings'])}")
         model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         first = saved["step"]
     stop, history, step = [], [], first
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    warmup, micro = min(1000, steps // 10), args.micro_batch_size
-    for step, loss, stopped in music_updates(model, opt, rows, steps, batch, args.lr or lr, warmup, first, micro, stop,
+    warmup = min(1000, steps // 10)
+    for step, loss, stopped in music_updates(model, opt, rows, steps, batch, args.lr or lr, warmup, first, stop,
                                              args.quiet):
         history.append((step, loss))
         if rank == 0 and (stopped or step == steps or step % args.save_every == 0):
@@ -1047,11 +1022,11 @@ def train(args):
 
 
 def eval_(args):
-    """Section 4.1: bits a second, perplexities of a triplet and of its three ids, on pieces that were held out."""
+    """Section 4.1: bits a second, perplexities of a triplet and of its three ids, on the test split."""
     device, _, _ = set_up(args)
     model, vocab, _ = open_music(args.ckpt, device)
-    table = held_out_table(model, vocab, args, args.split)
-    print_table((args.split, ""), table)
+    table = held_out_table(model, vocab, args, "test")
+    print_table(("test", ""), table)
     save_results(args.out, args, table=table)
 
 
@@ -1059,25 +1034,18 @@ def eval_(args):
 
 
 def parts_of(song):
-    """→ (parts (k, 3): track, channel, program; which part each event is of (n,); notes of each part (k,))."""
-    parts, which, counts = np.unique(song.parts, axis=0, return_inverse=True, return_counts=True)
-    return parts, which.ravel(), counts
+    """→ {(track, channel, program): which notes are its, (n,) bool}."""
+    return {tuple(part): (song.parts == part).all(1) for part in np.unique(song.parts, axis=0).tolist()}
 
 
 def melody_of(song, asked):
-    """→ (n,) bool. asked: a program, "track:1", "channel:2", or "auto": the part of highest mean pitch, drums last and
-    those of fewer than 20 notes after the others."""
-    parts, which, counts = parts_of(song)
-    name, _, value = asked.rpartition(":")
-    if asked == "auto":
-        height = np.bincount(which, song.events[:, NOTE] & 127) / counts
-        return which == (height - 200 * (counts < 20) - 400 * (parts[:, 2] == DRUMS)).argmax()
-    column = {"track": 0, "channel": 1, "": 2}.get(name, 0)
-    mask = song.parts[:, column] == (int(value) if value.isdigit() else -1)
-    if not mask.any():
-        has = "; ".join(f"track:{t} channel:{c} program {p}, {n} notes" for (t, c, p), n in zip(parts, counts))
-        fail(f"--melody {asked} is not there; the file has {has}")
-    return mask
+    """→ (n,) bool. asked: a program, "track:1" or "channel:2"."""
+    parts = parts_of(song)
+    chosen = [its for (t, c, p), its in parts.items() if asked in (f"track:{t}", f"channel:{c}", f"{p}")]
+    if not chosen:
+        has = [f"track:{t} channel:{c} program {p}, {its.sum()} notes" for (t, c, p), its in parts.items()]
+        fail(f"--melody {asked} is not there; the file has {'; '.join(has)}")
+    return np.any(chosen, 0)
 
 
 def open_both(args):
@@ -1085,8 +1053,6 @@ def open_both(args):
     device, _, _ = set_up(args)
     opened = open_music(args.ckpt, device)
     song = read_song(args.path, opened[1])
-    if not len(song.events):
-        fail(f"{args.path} has no notes")
     if not (1 <= args.n <= 100 and 0 < args.top_p <= 1 and args.temperature >= 0):
         fail("--n must be from 1 to 100, --top_p above 0 and at most 1, --temperature not below 0")
     return opened, song, song.events[:, TIME] / opened[1].resolution
@@ -1100,32 +1066,23 @@ def play_anew(args, opened, song, kept, start, end, until):
     first, last = round(start * vocab.resolution), round(end * vocab.resolution)
     times, programs = song.events[:, TIME], song.events[:, NOTE] >> 7
     removed = (times >= first) & (times < until * vocab.resolution) & ~kept
-    rest, heard = ~kept & ~removed, np.isin(programs, vocab.programs)
+    rest = ~kept & ~removed
     players = set(args.instruments or programs[~kept].tolist() or vocab.programs)
-    if strange := players - set(vocab.programs):
-        fail(f"{args.ckpt} does not play programs {sorted(strange)}, only {vocab.programs}: choose --instruments")
-    if kept.any() and not (kept & heard).any():
-        fail(f"{args.ckpt} hears only programs {vocab.programs}, and what is kept has none of them")
-    if not anticipatory and (rest & (times >= first)).any():
-        fail(f"--ckpt {args.ckpt} was trained without controls: it cannot know what comes after a gap")
-    play = generate if anticipatory or not kept.any() else follow_events
+    if strange := players.union(programs.tolist()) - set(vocab.programs):
+        fail(f"{args.ckpt} does not know programs {sorted(strange)}, only {vocab.programs}")
+    if not anticipatory and (kept | rest & (times >= first)).any():
+        fail(f"--ckpt {args.ckpt} was trained without controls: it can only continue")
+    bar = tqdm(total=last - first, disable=args.quiet)
     for k in range(args.n):
-        with tqdm(total=last - first, desc=f"version {k}", disable=args.quiet) as bar:
-            new = play(model, vocab, song.events[rest & heard], song.events[kept & heard], first, last, players,
-                       lambda time, bar=bar: bar.update(time - first - bar.n), window=args.window, top_p=args.top_p,
+        bar.reset()
+        new = generate(model, vocab, song.events[rest], song.events[kept], first, last, players,
+                       lambda time: bar.update(time - first - bar.n), window=args.window, top_p=args.top_p,
                        temperature=args.temperature, seed=args.seed + k)
         print(f"version {k}: {len(new)} notes from {start:g} to {end:g} s; {removed.sum()} taken out")
         write_midi(args.out / f"{k}.mid", new, vocab.resolution, song, removed)
         parts = dict(kept=song.events[kept], given=song.events[rest], new=new)
-        show_parts(args, args.out / f"{k}", parts, vocab.resolution)
+        show_parts(args, {f"{k}": parts}, f"{k}.png", vocab.resolution)
     save_results(args.out, args, notes=len(new), removed=removed.sum())
-
-
-def show_parts(args, stem, parts, resolution):
-    """A piano roll of parts, {name: events}, and with --wav their sound."""
-    if args.wav:
-        write_wav(stem.with_suffix(".wav"), np.concatenate(list(parts.values())), resolution)
-    figure(stem.with_suffix(".png"), args, lambda fig: draw_roll(fig.subplots(), stem.name, parts, resolution), (11, 4))
 
 
 def continue_(args):
@@ -1160,39 +1117,48 @@ def infill(args):
 def plot(args):
     """A MIDI file as a piano roll, with --wav as sound."""
     song = read_song(args.path)
-    parts, which, counts = parts_of(song)
-    rows = [(*map(str, part), str(n)) for part, n in zip(parts, counts)]
-    print_table(("track", "channel", "program", "notes"), rows)
-    named = {f"track {t}, program {p}": song.events[which == k] for k, (t, _, p) in enumerate(parts)}
-    show_parts(args, args.out / args.path.stem, named, 100)
-    save_results(args.out, args, parts=rows)
+    parts = parts_of(song)
+    print_table(("track", "channel", "program", "notes"), [(*part, its.sum()) for part, its in parts.items()])
+    named = {f"track {t}, program {p}": song.events[its] for (t, _, p), its in parts.items()}
+    show_parts(args, {args.path.stem: named}, f"{args.path.stem}.png")
+
+
+def show_parts(args, pieces, name, resolution=100):
+    """pieces: {name: {part: events}} → a piano roll of each, a colour a part, drums 60 lower; with --wav its sound."""
+
+    def draw(fig):
+        for ax, (title, parts) in zip(fig.subplots(len(pieces), squeeze=False, sharex=True).flat, pieces.items()):
+            for k, (part, events) in enumerate(parts.items()):
+                heights = (events[:, NOTE] & 127) - 60 * (events[:, NOTE] >> 7 == DRUMS)
+                begins = events[:, TIME] / resolution
+                ends = begins + np.maximum(events[:, DUR], 1) / resolution
+                ax.hlines(heights, begins, ends, f"C{k % 10}", lw=3, label=part)
+            ax.set(title=title, xlabel="seconds", ylabel="MIDI pitch (drums: − 60)")
+            ax.legend(loc="center right", fontsize=8)
+
+    if args.wav:
+        for title, parts in pieces.items():
+            write_wav(args.out / f"{title}.wav", np.concatenate(list(parts.values())), resolution)
+    figure(args.out / name, args, draw, (11, 4) if len(pieces) == 1 else (9, 9))
 
 
 def write_wav(path, events, resolution=100, rate=22_050):
     """Decaying sines, noise for drums; mono, 16 bits, −6 dB; ten minutes at most, from the first note on."""
-    begins = (events[:, TIME] - events[:, TIME].min(initial=2**40)) / resolution
-    lasts, noise = np.maximum(events[:, DUR] / resolution, 0.1), np.random.default_rng(0).standard_normal(rate * 100)
-    sound = np.zeros(int(rate * min(600, (begins + lasts).max(initial=0))) + 1)
+    begins = (events[:, TIME] - events[:, TIME].min()) / resolution
+    lasts, noise = np.maximum(events[:, DUR] / resolution, 0.1), np.random.default_rng(0)
+    sound = np.zeros(int(rate * min(600, (begins + lasts).max())))
     for begin, last, note in zip(begins.tolist(), lasts.tolist(), events[:, NOTE].tolist()):
-        place = int(begin * rate)
-        t = np.arange(len(sound[place : place + int(rate * last)])) / rate
-        phase = 2 * np.pi * 440 * 2 ** ((note % 128 - 69) / 12) * t
-        tone = noise[: len(t)] * np.exp(-20 * t) if note >> 7 == DRUMS else np.sin(phase) + np.sin(2 * phase) / 3
-        sound[place : place + len(t)] += tone * np.exp(-2 * t) * np.minimum(1, (last - t) / 0.05)
+        here = sound[int(begin * rate) :][: int(last * rate)]
+        t = np.arange(len(here)) / rate
+        if note >> 7 == DRUMS:
+            here += noise.standard_normal(len(t)) * np.exp(-20 * t)
+        else:
+            tone = np.sin(2 * np.pi * 440 * 2 ** ((note % 128 - 69) / 12) * t)
+            here += tone * np.exp(-2 * t) * np.minimum(1, (last - t) / 0.05)  # no click at its end
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, rate, 0, "NONE", ""))
-        file.writeframes((sound * 16_383 / max(1e-9, np.abs(sound).max())).astype("<i2").tobytes())
+        file.writeframes((sound * 16_383 / np.abs(sound).max()).astype("<i2").tobytes())
     print(path)
-
-
-def draw_roll(ax, title, parts, resolution):
-    """Notes as lines, a colour a part; drums stand 60 lower."""
-    for k, (name, events) in enumerate(parts.items()):
-        heights = (events[:, NOTE] & 127) - 60 * (events[:, NOTE] >> 7 == DRUMS)
-        begins = events[:, TIME] / resolution
-        ax.hlines(heights, begins, begins + np.maximum(events[:, DUR], 1) / resolution, f"C{k % 10}", lw=3, label=name)
-    ax.set(title=title, xlabel="seconds", ylabel="MIDI pitch (drums: − 60)")
-    ax.legend(loc="center right", fontsize=8)
 
 
 # ==================================================================================== command line
@@ -1201,10 +1167,6 @@ def draw_roll(ax, title, parts, resolution):
 def time_span(text):
     start, end = map(float, text.split(":"))
     return start, end
-
-
-def program_list(text):
-    return [int(part) for part in text.split(",")]
 
 
 def parse_args(argv=None):
@@ -1218,11 +1180,9 @@ def parse_args(argv=None):
         "path": dict(type=Path, help="a MIDI file; tokenize: a folder of them"),
         "ckpt": dict(help="a checkpoint, or hub:NAME as hub:music-small-800k, the authors' (%(default)s)"),
         "data": dict(type=Path, default=Path("out/anticipation/tokenize"), help="what tokenize wrote (%(default)s)"),
-        "split": dict(choices=("train", "valid", "test"), default="test", help="which of its pieces (%(default)s)"),
         "size": dict(choices=SIZES, default="small", help="of the model (%(default)s)"),
         "steps": dict(type=int, help="updates (%(default)s; train: 100,000 on a GPU, the paper's first, else 100)"),
         "batch_size": dict(type=int, help="rows an update, over all ranks (512 on a GPU, the paper's; else 8)"),
-        "micro_batch_size": dict(type=int, help="rows a forward pass (8)"),
         "lr": dict(type=float, help="peak learning rate (the paper's for the size; with --ckpt a tenth)"),
         "save_every": dict(type=int, default=1000, help="updates between checkpoints (%(default)s); one at Ctrl-C too"),
         "resume": dict(action="store_true", help="go on from the checkpoint in --out"),
@@ -1230,8 +1190,8 @@ def parse_args(argv=None):
         "start": dict(type=float, help="second from which on music is new (5 s after the first note or the melody's)"),
         "end": dict(type=float, help="second at which it ends (start + 15; accompany: with the melody)"),
         "span": dict(type=time_span, required=True, help="FROM:TO in seconds, as 8:12"),
-        "melody": dict(default="auto", help="what stays: a program 0 … 127, track:N, channel:N (from 0) or auto"),
-        "instruments": dict(type=program_list, help="programs that play, as 0,32,128 = drums (those of the file)"),
+        "melody": dict(required=True, help="what stays: track:N, channel:N (from 0) or a program 0 … 128; see plot"),
+        "instruments": dict(type=int, nargs="+", help="programs that play, as 0 32 128 = drums (those of the file)"),
         "n": dict(type=int, default=1, help="versions (%(default)s)"),
         "top_p": dict(type=float, default=0.95, help="nucleus (%(default)s, the paper's; its repository has 0.98)"),
         "temperature": dict(type=float, default=1.0, help="of sampling; 0: always the likeliest (%(default)s)"),
@@ -1254,10 +1214,10 @@ def parse_args(argv=None):
 
     sampling = "instruments n top_p temperature window wav ckpt seed device out no_plot quiet"
     trained = "out/anticipation/demo/anticipatory.pt"
-    task(demo, "steps pieces seed out no_plot quiet", steps=500, device="cpu")
+    task(demo, "steps pieces seed out no_plot quiet", steps=500, device="cpu", wav=True)
     task(tokenize, "path out quiet")
-    task(train, "data size ckpt steps batch_size micro_batch_size lr save_every resume seed device out quiet")
-    task(eval_, "data split ckpt seed device out", ckpt="out/anticipation/train/checkpoint.pt")
+    task(train, "data size ckpt steps batch_size lr save_every resume seed device out quiet")
+    task(eval_, "data ckpt seed device out", ckpt="out/anticipation/train/checkpoint.pt")
     task(continue_, f"path start end {sampling}", ckpt=trained)
     task(accompany, f"path melody start end {sampling}", ckpt=trained)
     task(infill, f"path span {sampling}", ckpt=trained)

@@ -10,6 +10,7 @@ import sys
 import time
 import wave
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,15 +18,15 @@ import mido
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import anticipation as A
-from anticipation import CTRL, DRUMS, DUR, NOTE, REST, SEP, TIME, MusicConfig, MusicGPT, Vocabulary
+from anticipation import CTRL, DRUMS, DUR, NOTE, REST, TIME, MusicConfig, MusicGPT, Vocabulary
 
 HOUSE = Path(__file__).parent.parent
 DATA = os.environ.get("NANOPAPERS_TEST_DATA")
 PAPER = Vocabulary()
 TINY = Vocabulary(4, 24, 4, (0, 32, DRUMS), 34, delta=6, density=3)
-TWINKLE = [(0, 48, 60), (50, 48, 60), (100, 48, 67), (150, 48, 67), (200, 48, 69), (250, 48, 69), (300, 95, 67)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,20 +53,17 @@ def test_ids_and_the_papers_row(tmp_path):
     assert PAPER.slots == ((0, 10_000), (10_000, 11_000), (11_000, 27_513)) and PAPER.triplets == 341
     assert (PAPER.rest, PAPER.control, PAPER.sep, PAPER.size) == (27_512, 27_513, 55_025, 55_028)
     assert A.triplet_ids(triplets([(9999, 999, 128 * 128 + 127)], 1), PAPER).tolist() == [37_512, 38_512, 55_024]
-    assert A.triplet_ids(triplets([(7, 0, REST), (0, 0, SEP)]), PAPER).tolist() == [7, 10_000, 27_512, *[55_025] * 3]
+    assert A.triplet_ids(triplets([(7, 0, REST)]), PAPER).tolist() == [7, 10_000, 27_512]
     for wrong in ((10_000, 0, 60), (-1, 0, 60), (0, 1000, 60)):  # trap: a time that runs into the next block
         with pytest.raises(ValueError):
             A.triplet_ids(triplets([wrong]), PAPER)
     with pytest.raises(ValueError):
         A.triplet_ids(triplets([(0, 0, 128 * 5 + 60)]), TINY)
-    A.write_midi(tmp_path / "x.mid", triplets(TWINKLE))
+    A.write_midi(tmp_path / "x.mid", triplets([(0, 48, 60), (50, 48, 60), (100, 95, 67)]))  # Twinkle, twinkle
     song = A.read_song(tmp_path / "x.mid")
-    row = A.row_of(np.concatenate([A.START, A.interleave(song.events, np.zeros(7, bool), PAPER)]), False, PAPER)
-    ids = [i for t, d, n in TWINKLE for i in (t, 10_000 + d, 11_000 + n)]
-    assert row.tolist() == [55026, 55025, 55025, 55025, *ids]
-    assert A.interarrival_ids(song.strokes) == [
-        1060, 48, 17572, 2, 1060, 48, 17572, 2, 1067, 48, 17579, 2, 1067, 48, 17579, 2, 1069, 48, 17581, 2, 1069, 48,
-        17581, 2, 1067, 95, 17579]
+    row = A.row_of(np.concatenate([A.START, A.interleave(song.events, np.zeros(3, bool), PAPER)]), False, PAPER)
+    assert row.tolist() == [55026, *[55025] * 3, 0, 10048, 11060, 50, 10048, 11060, 100, 10095, 11067]
+    assert A.interarrival_ids(song.strokes) == [1060, 48, 17572, 2, 1060, 48, 17572, 2, 1067, 95, 17579]
 
 
 def test_interarrival_is_of_the_messages():
@@ -121,13 +119,11 @@ def test_padding_and_places_word_by_word():
 def test_controls_are_told_in_time():
     rng = np.random.default_rng(4)
     for _ in range(20):
-        piece, mask = random_piece(rng, 60, 3000), rng.random(60) < 0.5
-        told = A.interleave(piece, mask, PAPER)
-        assert np.diff(told[told[:, CTRL] == 0, TIME]).max() <= 100 and not told[-1, CTRL]
-        for place in np.flatnonzero(told[:, CTRL]):
-            reached = told[:place][told[:place, CTRL] == 0, TIME].max(initial=0)
-            assert told[place, TIME] <= 500 or told[place, TIME] - reached >= 400
-        assert sorted(told[told[:, NOTE] >= 0][:, :3].tolist()) == sorted(piece[:, :3].tolist())
+        told = A.interleave(random_piece(rng, 60, 3000), rng.random(60) < 0.5, PAPER)
+        reached = np.maximum.accumulate(np.where(told[:, CTRL], 0, told[:, TIME]))  # by events alone
+        controls = told[:, CTRL] == 1
+        assert np.diff(told[~controls, TIME]).max() <= 100
+        assert ((told[:, TIME] <= 500) | (told[:, TIME] - reached >= 400))[controls].all()
 
 
 # ------------------------------------------------------------------------------------ 1. the mathematics: MIDI files
@@ -188,15 +184,15 @@ def random_file(path, seed, n_tracks=4):
     for _ in range(n_tracks):
         file.tracks.append(track := mido.MidiTrack())
         for _ in range(120):
-            wait, channel, pitch = int(rng.exponential(40)), int(rng.choice([0, 1, 9])), int(rng.integers(60, 64))
-            note = dict(channel=channel, note=pitch, time=wait)
-            track.append([
-                mido.Message("note_on", velocity=int(rng.integers(1, 128)), **note),
-                mido.Message("note_on", velocity=0, **note), mido.Message("note_off", **note),
-                mido.Message("program_change", channel=channel, program=int(rng.integers(3)), time=wait),
-                mido.Message("control_change", channel=channel, control=64, value=int(rng.integers(128)), time=wait),
-                mido.MetaMessage("set_tempo", tempo=int(rng.integers(200_000, 900_000)), time=wait),
-                mido.MetaMessage("text", text="la", time=wait)][rng.integers(7)])
+            channel, value = int(rng.choice([0, 1, 9])), int(rng.integers(1, 128))
+            note = dict(channel=channel, note=int(rng.integers(60, 64)))
+            message = [
+                mido.Message("note_on", velocity=value, **note), mido.Message("note_on", velocity=0, **note),
+                mido.Message("note_off", **note), mido.MetaMessage("text", text="la"),
+                mido.Message("control_change", channel=channel, control=64, value=value),
+                mido.Message("program_change", channel=channel, program=value % 3),
+                mido.MetaMessage("set_tempo", tempo=7000 * (value + 30))]
+            track.append(message[rng.integers(7)].copy(time=int(rng.exponential(40))))
     file.save(path)
     return path
 
@@ -233,48 +229,45 @@ def test_new_music_in_the_users_own_file(tmp_path, seed):
     song = A.read_song(random_file(tmp_path / "x.mid", seed))
     rng, middle = np.random.default_rng(seed), int(np.median(song.events[:, TIME]))
     removed = (song.events[:, TIME] >= middle) & (rng.random(len(song.events)) < 0.8)
-    new = triplets([(middle + 60 * k, 40, note) for k, note in enumerate((60, 128 + 70, 128 * 128 + 36, 60, 60))])
-    new = np.concatenate([new, triplets([(middle + 240, 0, 61), (middle + 240, 9, 61)])])  # one key twice is one note
-    A.write_midi(tmp_path / "y.mid", new, 100, song, removed)
-    written, gone = mido.MidiFile(tmp_path / "y.mid"), set(song.places[removed].ravel().tolist()) - {-1}
-    place = 0
-    for before, after in zip(song.file.tracks, written.tracks):
-        kept = [m for i, m in enumerate(timed(before), place) if i not in gone]
-        place += len(before)
-        ends = [m for m in timed(after) if m[1].type != "end_of_track"]
-        assert ends == [m for m in kept if m[1].type != "end_of_track"]
+    new = triplets([(middle + 60 * k, 40, note) for k, note in enumerate((60, 128 + 70, 128 * 128 + 36, 60))])
+    twice = triplets([(middle + 300, 0, 61), (middle + 300, 9, 61)])  # one key twice is one note
+    A.write_midi(tmp_path / "y.mid", np.concatenate([new, twice]), 100, song, removed)
+    written, gone, place = mido.MidiFile(tmp_path / "y.mid"), set(song.places[removed].ravel().tolist()), 0
     assert written.ticks_per_beat == song.file.ticks_per_beat
+    for before, after in zip(song.file.tracks, written.tracks):
+        kept = [m for i, m in enumerate(timed(before), place) if i not in gone and m[1].type != "end_of_track"]
+        place += len(before)
+        assert [m for m in timed(after) if m[1].type != "end_of_track"] == kept
     back = A.read_song(tmp_path / "y.mid")
     mine = back.parts[:, 0] >= len(song.file.tracks)
     assert not set(back.parts[mine & (back.events[:, NOTE] < 128 * DRUMS), 1]) & {0, 1}  # channels of their own
-    found, wanted = back.events[mine], new[:-1][np.lexsort((new[:-1, NOTE], new[:-1, TIME]))]
-    found = found[np.lexsort((found[:, NOTE], found[:, TIME]))]
-    tick = 1 + 100 * 0.9 / song.file.ticks_per_beat
-    assert len(found) == 6 and np.array_equal(found[:, NOTE], wanted[:, NOTE])
-    assert np.abs(found[:, TIME] - wanted[:, TIME]).max() <= tick
+    found = back.events[mine]
+    found = found[np.argsort(found[:, TIME])]
+    assert found[:, NOTE].tolist() == [*new[:, NOTE].tolist(), 61]
+    assert np.abs(found[:4, TIME] - new[:, TIME]).max() <= 1 + 90 / song.file.ticks_per_beat  # a tick
     onsets = lambda events: sorted(map(tuple, events[:, [TIME, NOTE]].tolist()))
     assert onsets(back.events[~mine]) == onsets(song.events[~removed])
 
 
-def test_channels_run_out(tmp_path):
-    many = triplets([(10 * p, 9, 128 * p + 60) for p in range(15)])
-    A.write_midi(tmp_path / "x.mid", many)
-    song = A.read_song(tmp_path / "x.mid")
-    assert np.array_equal(song.events, many)
+def test_channels_and_struck_keys(tmp_path):
     A.write_midi(tmp_path / "y.mid", triplets([(0, 80, 60), (50, 0, 60), (51, 9, 60)]))  # struck while it sounds
     assert A.read_midi(tmp_path / "y.mid")[:, :2].tolist() == [[0, 50], [50, 1], [51, 9]]
-    A.write_midi(tmp_path / "y.mid", triplets([(200, 9, 128 * 3 + 60)]), 100, song, many[:, TIME] < 0)
+    many = triplets([(10 * p, 9, 128 * p + 60) for p in range(15)])
+    A.write_midi(tmp_path / "x.mid", many)
+    song, none = A.read_song(tmp_path / "x.mid"), np.zeros(15, bool)
+    assert np.array_equal(song.events, many)
+    A.write_midi(tmp_path / "y.mid", triplets([(200, 9, 128 * 3 + 60)]), 100, song, none)
     assert A.read_midi(tmp_path / "y.mid")[-1].tolist() == [200, 9, 128 * 3 + 60, 0]
     with pytest.raises(OSError, match="no MIDI channel is free for program 40"):
-        A.write_midi(tmp_path / "y.mid", triplets([(200, 9, 128 * 40 + 60)]), 100, song, many[:, TIME] < 0)
+        A.write_midi(tmp_path / "y.mid", triplets([(200, 9, 128 * 40 + 60)]), 100, song, none)
 
 
 def test_sound_of_a_late_note(tmp_path):
-    late = triplets([(8_000_000, 100, 60), (8_000_050, 10, 128 * 128 + 36), (9_000_000, 9, 60)])
-    A.write_wav(tmp_path / "x.wav", late)
+    """Wrong once: as many zeros as seconds before the first note."""
+    A.write_wav(tmp_path / "x.wav", triplets([(8_000_000, 100, 60), (8_000_050, 10, 128 * 128 + 36)]))
     with wave.open(str(tmp_path / "x.wav")) as file:
         sound = np.frombuffer(file.readframes(10**8), "<i2")
-    assert len(sound) == 600 * 22_050 + 1 and 16_000 < np.abs(sound[:22_050].astype(int)).max() <= 16_384
+    assert len(sound) == 22_050 and np.abs(sound[:22_050].astype(int)).max() > 9_000
 
 
 # ------------------------------------------------------------------------------------ 1. the mathematics: rows, model
@@ -308,7 +301,7 @@ def test_rows_by_number():
     """Each id in its slot, times from 0, z as the copy has controls; wrong once: all of the file was read for a row."""
     pieces = [random_piece(np.random.default_rng(k), n, 10 * n)[:, :3] for k, n in enumerate((2000, 150))]
     notes = Notes(np.concatenate(pieces))
-    make = lambda: A.Rows(notes, [(0, 2000), (2000, 2150)], PAPER, 3)
+    make = lambda: A.Rows(notes, np.array([0, 2000, 2150]), PAPER, 3)
     rows = [make()[i] for i in range(40)]
     for row in rows:
         cut, sep = row[1:].reshape(-1, 3), (row[1:].reshape(-1, 3) == PAPER.sep).all(1)
@@ -325,66 +318,65 @@ def tiny_model(vocab=TINY, **changes):
     return MusicGPT(MusicConfig(vocab.size, vocab.context, **sizes)).eval()
 
 
-def dense_gpt2(weights, ids, n_head, by_layer):
-    """GPT-2 in numpy from its own layout, matrices (in, out), float64."""
-    w = {name: t.double().numpy() for name, t in weights.items()}
-
-    def norm(x, name):
-        x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * w[name + ".weight"] + w[name + ".bias"]
-
+def dense_gpt2(weights, ids, n_layer, n_head, by_layer):
+    """GPT-2 from its own layout, matrices (in, out), float64, a head after the other."""
+    w = {name.removeprefix("transformer."): t.double() for name, t in weights.items()}
+    norm = lambda x, name: F.layer_norm(x, x.shape[1:], w[name + ".weight"], w[name + ".bias"])
+    linear = lambda x, name: x @ w[name + ".weight"] + w[name + ".bias"]
     x = w["wte.weight"][ids] + w["wpe.weight"][: len(ids)]
-    for i in range(3):
-        h, heads = f"h.{i}.", []
-        qkv = norm(x, h + "ln_1") @ w[h + "attn.c_attn.weight"] + w[h + "attn.c_attn.bias"]
-        for q, k, v in zip(*(np.split(part, n_head, -1) for part in np.split(qkv, 3, -1))):
-            a = np.exp(q @ k.T / math.sqrt(q.shape[1]) / (i + 1 if by_layer else 1)) * np.tri(len(ids))
-            heads.append(a / a.sum(-1, keepdims=True) @ v)
-        x = x + np.concatenate(heads, -1) @ w[h + "attn.c_proj.weight"] + w[h + "attn.c_proj.bias"]
-        u = norm(x, h + "ln_2") @ w[h + "mlp.c_fc.weight"] + w[h + "mlp.c_fc.bias"]
-        u = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-        x = x + u @ w[h + "mlp.c_proj.weight"] + w[h + "mlp.c_proj.bias"]
-    return norm(x, "ln_f") @ w["wte.weight"].T
-
-
-def gpt2_layout(model, prefix=""):
-    turned = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
-    return {prefix + n: (p.t() if n.endswith(turned) else p).detach().clone() for n, p in model.named_parameters()}
+    for h, layer in ((f"h.{i}.", i + 1) for i in range(n_layer)):
+        heads = []
+        for qkv in linear(norm(x, h + "ln_1"), h + "attn.c_attn").unflatten(1, (3, n_head, -1)).unbind(2):
+            q, k, v = qkv.unbind(1)
+            a = torch.exp(q @ k.T / math.sqrt(q.shape[1]) / (layer if by_layer else 1)).tril()
+            heads.append(a / a.sum(1, keepdim=True) @ v)
+        x = x + linear(torch.cat(heads, 1), h + "attn.c_proj")
+        u = linear(norm(x, h + "ln_2"), h + "mlp.c_fc")
+        x = x + linear(u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))), h + "mlp.c_proj")
+    return (norm(x, "ln_f") @ w["wte.weight"].T).numpy()
 
 
 @pytest.mark.parametrize("by_layer", [True, False])
-def test_an_independent_gpt2_and_the_cache(by_layer):
-    model = tiny_model(scale_by_layer=by_layer)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    ids = np.random.default_rng(0).integers(TINY.size, size=TINY.context)
+def test_hub_weights_by_an_independent_gpt2_and_the_cache(tmp_path, monkeypatch, by_layer):
+    """A checkpoint in the layout of the authors', written here, not downloaded."""
+    weights = {"lm_head.weight": torch.ones(1)}
+    for name, p in tiny_model(PAPER, n_embd=8).named_parameters():
+        turned = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        p = (p.t() if turned else p).detach()
+        weights["transformer." + name] = p + 0.3 * torch.randn(p.shape)
+    folder = tmp_path / "huggingface.co/stanford-crfm/music-small-800k/resolve/main"
+    folder.mkdir(parents=True)
+    about = dict(n_positions=1024, n_layer=3, n_head=2, n_embd=8, scale_attn_by_inverse_layer_idx=by_layer)
+    (folder / "config.json").write_text(json.dumps(about))
+    torch.save(weights, folder / "pytorch_model.bin")
+    monkeypatch.setattr(A, "CACHE", tmp_path)
+    model, vocab, anticipatory = A.open_music("hub:music-small-800k")
+    assert vocab == PAPER and anticipatory
+    ids = np.random.default_rng(0).integers(PAPER.size, size=34)
     full = model(torch.from_numpy(ids)[None])[0][0].detach().numpy()
-    assert np.abs(full - dense_gpt2(gpt2_layout(model), ids, 2, by_layer)).max() < 1e-4
-    assert np.abs(full - dense_gpt2(gpt2_layout(model), ids, 2, not by_layer)).max() > 1e-2
+    assert np.abs(full - dense_gpt2(weights, ids, 3, 2, by_layer)).max() < 1e-3
+    assert np.abs(full - dense_gpt2(weights, ids, 3, 2, not by_layer)).max() > 1e-2
     past, at = None, 0
     for n in (4, 1, 3, 1, 25):
         logits, past = model(torch.from_numpy(ids)[None, at : at + n], past, last=n > 3)
         at += n
-        assert np.abs(logits[0, -1].detach().numpy() - full[at - 1]).max() < 1e-4
+        assert np.abs(logits[0, -1].detach().numpy() - full[at - 1]).max() < 1e-3
 
 
 # ------------------------------------------------------------------------------------ 1. the mathematics: sampling
 
 
-class Toy:
-    """A model without a cache: logits are a fixed function of all ids so far, past is the ids."""
+class Full:
+    """A model without a cache, that notes what it is asked; with noise, or the likeliest is soon always the same."""
 
-    def __init__(self, vocab, seed=0):
-        rng, self.calls = np.random.default_rng(seed), []
-        self.table, self.out = (torch.from_numpy(rng.standard_normal((vocab.size, 12))) for _ in range(2))
+    def __init__(self, model, noise=0):
+        self.model, self.noise, self.calls = model, noise, []
 
     def __call__(self, ids, past=None, last=False):
         ids = ids if past is None else torch.cat([past, ids], 1)
         self.calls.append(ids[0].tolist())
-        weights = 0.8 ** torch.arange(ids.shape[1] - 1, -1, -1.0, dtype=torch.float64)
-        state = torch.tanh((self.table[ids] * weights[None, :, None]).sum(1) + torch.arange(12) * 0.1)
-        return (3 * state @ self.out.T)[:, None], ids
+        gumbel = np.random.default_rng(self.calls[-1]).gumbel(size=self.model.config.vocab_size)
+        return self.model(ids, last=True)[0].detach() + self.noise * torch.from_numpy(gumbel), ids
 
 
 def test_nucleus():
@@ -426,23 +418,18 @@ def authors_loop(model, vocab, prompt, controls, start, end, window):
 def test_exact_window_is_the_authors_sampler(seed):
     rng = np.random.default_rng(seed)
     inputs, controls = random_piece(rng, 12, 10, TINY.programs), random_piece(rng, 12, 60, TINY.programs, control=1)
-    model, seen = Toy(TINY, seed), []
-
-    def noisy(ids, past=None, last=False):  # or greedy draws end in a rut
-        logits, past = model(ids, past)
-        return logits + torch.from_numpy(np.random.default_rng(model.calls[-1]).gumbel(size=TINY.size)), past
-
-    expected = authors_loop(noisy, TINY, A.pad(inputs, 10, 3), controls, 10, 60, 9)
+    model, seen = Full(tiny_model(), 2), []
+    expected = authors_loop(model, TINY, A.pad(inputs, 10, 3), controls, 10, 60, 9)
     options = dict(window="exact", temperature=0, progress=seen.append)
-    found = A.generate(noisy, TINY, inputs, controls, 10, 60, **options)
+    found = A.generate(model, TINY, inputs, controls, 10, 60, **options)
     assert len(expected) > 4 and found.tolist() == expected and seen == sorted(seen)
 
 
 def test_windows_by_the_authors_figure():
     """They keep 339 triplets. Wrong once: 340. subtle: the number stands here, not in what is tested."""
-    for window, kept in (("exact", 339), ("hop", 255)):
-        model, history = Toy(PAPER), [[k, 1, 60, 0] for k in range(400)]
-        A.Sampler(model, PAPER, PAPER.sep + 1, history, window).draw(400, PAPER.programs)
+    for window, kept in (("exact", 339), ("hop", 254)):
+        model, history = Full(tiny_model(PAPER, n_layer=1, n_embd=4)), [[k, 1, 60, 0] for k in range(400)]
+        A.Sampler(model, PAPER, PAPER.sep + 1, history, PAPER.programs, window).draw(400)
         assert [len(ids) for ids in model.calls] == [1 + 3 * kept, 2 + 3 * kept, 3 + 3 * kept]
         assert model.calls[0][1] == 0  # the first of them is the new origin
 
@@ -450,16 +437,10 @@ def test_windows_by_the_authors_figure():
 @pytest.mark.parametrize("window", ["exact", "hop"])
 def test_cached_sampling_equals_full_passes(window):
     model, rng = tiny_model(), np.random.default_rng(1)
-
-    def uncached(ids, past=None, last=False):
-        ids = ids if past is None else torch.cat([past, ids], 1)
-        return model(ids)[0], ids
-
     inputs, controls = random_piece(rng, 8, 10, TINY.programs), random_piece(rng, 9, 50, TINY.programs)
     for options in (dict(temperature=0), dict(top_p=0.9, seed=1)):
-        options["window"] = window
-        found = [A.generate(m, TINY, inputs, controls, 10, 80, **options) for m in (model, uncached)]
-        assert np.array_equal(*found) and len(found[0]) > 15
+        found = [A.generate(m, TINY, inputs, controls, 10, 160, window=window, **options) for m in (model, Full(model))]
+        assert np.array_equal(*found) and len(found[0]) > 7
 
 
 def test_a_model_in_a_rut_comes_to_an_end():
@@ -472,30 +453,32 @@ def test_a_model_in_a_rut_comes_to_an_end():
 
     piece = triplets([(0, 1, 60), (30, 1, 60)])
     for play in (A.generate, A.follow_events):
-        new = play(model, TINY, piece, piece, 2, 8, programs=[32])
-        assert len(new) <= 6 * A.MOST_AT_ONCE and set(new[:, NOTE] >> 7) <= {0, 32} and (new[:, TIME] >= 2).all()
-    sampler = A.Sampler(model, TINY, TINY.sep + 1, [])
-    assert [sampler.draw(5, [0])[TIME] for _ in range(A.MOST_AT_ONCE + 1)] == [5] * A.MOST_AT_ONCE + [6]
+        new = play(model, TINY, piece, piece, 2, 8)
+        assert len(new) <= 6 * A.MOST_AT_ONCE and (new[:, TIME] >= 2).all()
+    sampler = A.Sampler(model, TINY, TINY.sep + 1, [], [0])
+    draws = [sampler.draw(5) for _ in range(A.MOST_AT_ONCE + 1)]
+    assert draws == [[5, 0, REST, 0]] * A.MOST_AT_ONCE + [[6, 0, REST, 0]]
 
 
 def test_generation_looks_at_the_rest_and_not_into_the_gap():
-    model, rng = Toy(TINY), np.random.default_rng(2)
+    model, rng, vocab = Full(tiny_model(), 2), np.random.default_rng(2), replace(TINY, delta=15)
     piece, melody = random_piece(rng, 30, 60, TINY.programs), random_piece(rng, 12, 60, (0,))
 
-    def play(piece):
-        return np.concatenate([A.generate(model, TINY, piece, melody, 20, 40, seed=k) for k in range(6)])
+    def asked(piece):
+        model.calls.clear()
+        new = [A.generate(model, vocab, piece, melody, 20, 40, programs=[32], seed=seed) for seed in range(6)]
+        return np.concatenate(new), list(model.calls)
 
-    new = play(piece)
-    assert any(TINY.control < i < TINY.sep for call in model.calls for i in call)  # told as controls
-    assert model.calls[0][0] == TINY.sep + 2 and len(new) and (new[:, TIME] >= 20).all() and (new[:, TIME] < 40).all()
+    new, calls = asked(piece)
+    assert any(TINY.control < i < TINY.sep for call in calls for i in call)  # told as controls
+    assert calls[0][0] == TINY.sep + 2 and (new[:, TIME] >= 20).all() and (new[:, TIME] < 40).all()
+    assert len(new) and (new[:, NOTE] >> 7 == 32).all()
     inside, after = (piece[:, TIME] >= 20) & (piece[:, TIME] < 40), piece[:, TIME] >= 40
     for mask, same in ((inside, True), (after, False)):
-        assert np.array_equal(play(np.where(mask[:, None], piece - [0, 0, 1, 0], piece)), new) == same
+        assert (asked(piece - mask[:, None] * [0, 0, 1, 0])[1] == calls) == same
     model.calls.clear()
     A.generate(model, TINY, piece[:0], melody[:0], 0, 10)
     assert model.calls[0] == [TINY.sep + 1]  # nothing given: z = 0
-    only = A.generate(model, TINY, piece, melody, 20, 40, programs=[32])
-    assert len(only) and set((only[:, NOTE] >> 7).tolist()) == {32}
 
 
 def test_following_a_melody():
@@ -558,14 +541,13 @@ def test_telling_ahead_and_infilling():
 def test_band_and_its_scores():
     for k in range(5):
         events, chords = A.band(np.random.default_rng(k))
-        for bar, chord in enumerate(chords):
+        melody, bass = (events[events[:, NOTE] >> 7 == program] for program in (73, 32))
+        for bar, chord in enumerate(chords):  # the three first notes of its melody are the chord
             tones = {[0, 2, 4, 5, 7, 9, 11][(chord + step) % 7] for step in (0, 2, 4)}
-            here = events[events[:, TIME] // 8 == bar, NOTE]
-            for played in (here[here >> 7 == 0], here[here >> 7 == 73][:3]):
-                assert {n % 128 % 12 for n in played} == tones
+            assert set((melody[melody[:, TIME] // 8 == bar][:3, NOTE] % 128 % 12).tolist()) == tones
         moved = events + (events[:, NOTE] >> 7 == 32)[:, None] * np.array([0, 0, 1, 0])  # a half-tone up
-        assert A.score(events, events, chords, 2, 5) == (1, 1) and A.score(events[:0], events, chords, 2, 5) == (0, 0)
-        assert A.score(moved, events, chords, 2, 5)[0] == 0 and 0.5 < A.score(moved, events, chords, 2, 5)[1] < 1
+        right, silent, wrong = (A.score(new, events, chords, 2, 5) for new in (events, events[:0], moved))
+        assert right == (1, 1) and silent == (0, 0) and wrong[0] == 0 and 0.5 < wrong[1] < 1 and len(bass) == 12
 
 
 # ------------------------------------------------------------------------------------ 3. the tool
@@ -610,20 +592,17 @@ def work(tmp_path_factory):
 def there(request, monkeypatch):
     if "work" in request.fixturenames:
         monkeypatch.chdir(request.getfixturevalue("work"))
-        if "ranks" not in request.node.name:  # rows of 64 ids train in no time
-            monkeypatch.setattr(A, "Vocabulary", partial(Vocabulary, context=64))
+        monkeypatch.setattr(A, "Vocabulary", partial(Vocabulary, context=64))  # such rows train in no time
 
 
 def test_default_run_in_small(work):
     out = Path("out/anticipation/demo")
     results = json.loads((out / "results.json").read_text())
     assert [row[0][:9] for row in results["table"]] == ["anticipat", "autoregre", "retrieval", "the chain"]
-    assert all(len(row) == 7 for row in results["table"]) and (out / "demo.png").stat().st_size > 20_000
-    melody = A.read_midi(out / "anticipatory_infill_bar_4.mid")
-    melody = melody[melody[:, NOTE] >> 7 == 73][:, [TIME, NOTE]]
-    right = A.band(np.random.default_rng((0, 1, 0)))[0]
-    assert np.array_equal(melody, right[right[:, NOTE] >> 7 == 73][:, [TIME, NOTE]] * [25, 1])
-    assert {p.suffix for p in out.iterdir()} >= {".wav", ".mid", ".png", ".pt", ".json"}
+    assert {p.suffix for p in out.iterdir()} == {".wav", ".mid", ".png", ".pt", ".json"}
+    melodies = [events[events[:, NOTE] >> 7 == 73][:, [TIME, NOTE]] for events in (
+        A.read_midi(out / "anticipatory_infill_bar_4.mid"), A.band(np.random.default_rng((0, 1, 0)))[0])]
+    assert np.array_equal(melodies[0], melodies[1] * [25, 1])
 
 
 def test_bulk_names_what_is_broken(work, capsys):
@@ -634,21 +613,20 @@ def test_bulk_names_what_is_broken(work, capsys):
     for name in ("cut", "claims", "endless", "smpte", "type2", "text", "empty"):
         assert f"midi/{name}.mid cannot be read as MIDI: " in text
     assert "long_delta.mid" in text and time.process_time() - started < 30  # CPU: the endless number took 7.5 s
-    index = json.loads(Path("again/index.json").read_text())
-    events, at = np.load("again/events.npy"), 0
-    assert events.dtype == np.int32
-    for path, _, n, seconds in index:
-        whole = A.read_midi(path)
-        assert np.array_equal(events[at : at + n], whole[:, :3]) and seconds == whole[-1, TIME] / 100
-        at += n
+    for name, paths in json.loads(Path("again/results.json").read_text())["files"].items():
+        notes, bounds = np.load(f"again/{name}.npy"), np.load(f"again/{name}_bounds.npy")
+        wanted = [A.read_midi(path)[:, :3] for path in paths]
+        assert notes.dtype == np.int32 and bounds.tolist() == np.cumsum([0, *map(len, wanted)]).tolist()
+        assert np.array_equal(notes, np.concatenate([notes[:0], *wanted]))
 
 
 def test_bits_of_a_model_that_knows_nothing(work):
     """Each id costs log2 of the vocabulary; bits a second and perplexities follow, as in table 1 of the paper."""
     model, args, vocab = tiny_model(PAPER, n_layer=1, n_embd=4, std=0.0), A.parse_args(["eval"]), A.Vocabulary()
     table = dict(A.held_out_table(model, vocab, args, "test"))
-    notes, pieces, seconds = A.load_pieces(args, "test", vocab)
-    n = sum(1 + len(A.pad(np.insert(notes[a:b].astype(int), 3, 0, 1), int(notes[b - 1, 0]), 100)) for a, b in pieces)
+    notes, bounds = A.load_pieces(args, "test", vocab)
+    pieces = np.split(np.insert(notes.astype(int), 3, 0, 1), bounds[1:-1])
+    n, seconds = sum(1 + len(A.pad(p, p[-1, 0], 100)) for p in pieces), sum(p[-1, 0] / 100 for p in pieces)
     assert table["bits a second"] == pytest.approx(3 * n * math.log2(55_028) / seconds, rel=1e-5)
     assert table["perplexity of a triplet"] == pytest.approx(55_028**3, rel=1e-4)
 
@@ -658,7 +636,7 @@ def test_bits_of_a_model_that_knows_nothing(work):
     ("accompany --melody 40 --start 5 --end 9 --n 2", lambda t, p: (t >= 500) & (t < 900) & (p != 40), 500, 900),
     ("accompany --melody track:2 --start 5", lambda t, p: (t >= 500) & (p != 40), 500, 2100),
     ("infill --span 6:9 --instruments 33", lambda t, p: (t >= 600) & (t < 900) & (p == 33), 600, 900),
-    ("infill --span 6:9 --wav", lambda t, p: (t >= 600) & (t < 900), 600, 900)])
+    ("infill --span 6:9", lambda t, p: (t >= 600) & (t < 900), 600, 900)])
 def test_music_from_a_file(work, words, taken, first, last, capsys):
     task, *flags = words.split()
     path = song("song.mid")
@@ -672,15 +650,13 @@ def test_music_from_a_file(work, words, taken, first, last, capsys):
     new = after.events[~old]
     assert (new[:, TIME] >= first).all() and (new[:, TIME] < last).all()
     assert (out / "0.png").stat().st_size > 5_000 and (out / "1.mid").exists() >= ("--n" in flags)
-    if "--instruments" in flags:
-        assert set((new[:, NOTE] >> 7).tolist()) <= {33}
+    assert "--instruments" not in flags or set((new[:, NOTE] >> 7).tolist()) <= {33}
 
 
 def test_melodies(work):
     two = A.read_song(song("two.mid", programs=(0, 1), n=80))
-    two.parts[:, 2] = 0  # two piano tracks: wrong once, all was melody
-    assert [A.melody_of(two, asked).sum() for asked in ("track:1", "channel:1", "auto")] == [40, 40, 40]
-    assert A.melody_of(two, "0").all()
+    two.parts[:, 1:] = 5, 0  # two piano tracks: wrong once, all was melody
+    assert [A.melody_of(two, asked).sum() for asked in ("track:1", "channel:5", "0")] == [40, 80, 80]
 
 
 def test_a_gpus_path(work):
@@ -693,10 +669,16 @@ def test_a_gpus_path(work):
 FLAGS = "train --size mini --batch_size 2 --save_every 1 --quiet --steps".split()
 
 
-def test_stopped_and_resumed_is_the_same(work, monkeypatch, capsys):
+@pytest.fixture
+def handler():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_stopped_and_resumed_is_the_same(work, handler, monkeypatch, capsys):
     """Also with dropout, whose draws a resumed run must repeat."""
     monkeypatch.setattr(A, "MusicConfig", lambda *shape: MusicConfig(*shape[:-1], dropout=0.1))
-    handler = signal.getsignal(signal.SIGINT)
     tool(*FLAGS, 4, "--out", "a")
     keep = A.save_music
 
@@ -708,12 +690,10 @@ def test_stopped_and_resumed_is_the_same(work, monkeypatch, capsys):
     monkeypatch.setattr(A, "save_music", keep_and_stop)
     with pytest.raises(SystemExit) as stop:
         tool(*FLAGS, 4, "--out", "b")
-    signal.signal(signal.SIGINT, handler)
     monkeypatch.setattr(A, "save_music", keep)
     assert stop.value.code == 130 and "stopped after step 2 of 4" in capsys.readouterr().err
     for _ in range(2):  # the second time nothing is left to do
         tool(*FLAGS, 4, "--out", "b", "--resume")
-    signal.signal(signal.SIGINT, handler)
     a, b = (torch.load(f"{name}/checkpoint.pt", weights_only=True) for name in "ab")
     assert a["step"] == b["step"] == 4 and all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
     with pytest.raises(SystemExit):
@@ -721,31 +701,18 @@ def test_stopped_and_resumed_is_the_same(work, monkeypatch, capsys):
     assert "is of another run" in capsys.readouterr().err
 
 
-def test_two_ranks_train_as_one(work):
+def test_two_ranks_train_as_one(work, handler):
+    Path("small.py").write_text("import functools, anticipation as A\n"
+                                "A.Vocabulary = functools.partial(A.Vocabulary, context=64)\nA.main()\n")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, HOUSE / "anticipation.py", *FLAGS, "2", "--out", "two"], text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOUSE)}
+    done = subprocess.run([*launcher, "small.py", *FLAGS, "2", "--out", "two"], text=True, env=env, capture_output=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr
-    handler = signal.getsignal(signal.SIGINT)
     tool(*FLAGS, 2, "--out", "one")
-    signal.signal(signal.SIGINT, handler)
-    runs = [json.loads(Path(name, "results.json").read_text()) for name in ("one", "two")]
-    one, two = ([loss for _, loss in run["history"]] for run in runs)
+    one, two = ([loss for _, loss in json.loads(Path(name, "results.json").read_text())["history"]]
+                for name in ("one", "two"))
     assert len(one) == 2 and one == pytest.approx(two, rel=1e-4)
-
-
-def test_hub_weights(tmp_path, monkeypatch):
-    small = tiny_model(PAPER, n_layer=1, n_embd=4)
-    folder = tmp_path / "huggingface.co/stanford-crfm/music-small-800k/resolve/main"
-    folder.mkdir(parents=True)
-    about = dict(vocab_size=55_028, n_positions=1024, n_layer=1, n_head=2, n_embd=4)
-    about["scale_attn_by_inverse_layer_idx"] = True
-    (folder / "config.json").write_text(json.dumps(about))
-    torch.save(gpt2_layout(small, "transformer.") | {"lm_head.weight": torch.ones(1)}, folder / "pytorch_model.bin")
-    monkeypatch.setattr(A, "CACHE", tmp_path)
-    model, vocab, anticipatory = A.open_music("hub:music-small-800k")
-    ids = torch.arange(12)[None]
-    assert vocab == PAPER and anticipatory and torch.equal(model(ids)[0], small(ids)[0])
 
 
 @pytest.mark.parametrize("words, says", [
@@ -757,18 +724,19 @@ def test_hub_weights(tmp_path, monkeypatch):
     ("continue song.mid --ckpt full.pt --n 1000000", "--n must be"),
     ("continue song.mid --ckpt nowhere.pt", "nowhere.pt"),
     ("continue song.mid --ckpt midi/0.mid", "no checkpoint"),
-    ("accompany song.mid --ckpt full.pt --start nan", "from nan"),
+    ("accompany song.mid --melody 0 --ckpt full.pt --start nan", "from nan"),
     ("accompany song.mid --ckpt full.pt --melody 53", "track:0 channel:0 program 0, 40 notes"),
     ("infill song.mid --ckpt full.pt --span 8:80", "--span 8:80"),
     ("infill song.mid --ckpt full.pt --span 8", "--span"),
     ("infill song.mid --ckpt ar.pt --span 8:9", "without controls"),
     ("infill song.mid --span 6:8", "programs [33, 40]"),
-    ("infill song.mid --span 6:8 --instruments 7", "programs [7]"), ("infill song.mid --span 6:8 --steps 3", "--steps"),
+    ("infill song.mid --span 6:8 --instruments 7", "programs [7, 33, 40]"),
+    ("infill song.mid --span 6:8 --steps 3", "--steps"),
     ("tokenize a", "none of 0"), ("train --data out", "tokenize"),
-    ("train --batch_size 6 --micro_batch_size 4", "--batch_size 6"),
+    ("train --batch_size -2", "--batch_size -2"),
     ("train --resume --out new", "checkpoint.pt"),
     ("train --ckpt out/anticipation/demo/anticipatory.pt", "vocabulary of its own"),
-    ("accompany song.mid --melody 40 --instruments 0", "hears only"),
+    ("accompany song.mid", "--melody"), ("accompany song.mid --ckpt full.pt --melody part:0", "part:0 is not there"),
     ("demo --steps 0", "--steps"), ("continue song.mid --ckpt hub:../x", "hub:../x"),
     ("continue song.mid --ckpt hub:music-small-800k", "config.json")])
 def test_mistakes_end_in_one_line(work, words, says, monkeypatch, capsys):
