@@ -1178,10 +1178,11 @@ def parse_args(argv=None):
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     flags = {
         "path": dict(type=Path, help="a MIDI file; tokenize: a folder of them"),
-        "ckpt": dict(help="a checkpoint, or hub:NAME as hub:music-small-800k, the authors' (%(default)s)"),
+        "ckpt": dict(help="a checkpoint, or hub:NAME as hub:music-small-800k, the authors' (train: a new model; eval: "
+                     "train's; else the demo's)"),
         "data": dict(type=Path, default=Path("out/anticipation/tokenize"), help="what tokenize wrote (%(default)s)"),
         "size": dict(choices=SIZES, default="small", help="of the model (%(default)s)"),
-        "steps": dict(type=int, help="updates (%(default)s; train: 100,000 on a GPU, the paper's first, else 100)"),
+        "steps": dict(type=int, help="updates (demo 500; train 100,000 on a GPU, the paper's first, else 100)"),
         "batch_size": dict(type=int, help="rows an update, over all ranks (512 on a GPU, the paper's; else 8)"),
         "lr": dict(type=float, help="peak learning rate (the paper's for the size; with --ckpt a tenth)"),
         "save_every": dict(type=int, default=1000, help="updates between checkpoints (%(default)s); one at Ctrl-C too"),
