@@ -894,8 +894,8 @@ def demo(args):
     def draw(fig):
         ax, E, nouns = fig.subplots(), model.lm_head.weight, NOUNS[:10]
         direction = E[token(codec, "he")] - E[token(codec, "she")]
-        values = (model.senses([token(codec, noun) for noun in nouns]) @ direction).cpu()  # (nouns, n_sense)
-        largest = values.abs().max()
+        values = (model.senses([token(codec, noun) for noun in nouns]) @ direction).cpu().numpy()  # (nouns, n_sense)
+        largest = abs(values).max()
         fig.colorbar(ax.imshow(values, "RdBu_r", vmin=-largest, vmax=largest, aspect="auto"))
         ax.set_yticks(range(len(nouns)), nouns)
         ax.set(xlabel=f"sense ({sense} is removed)", title="What senses of professions add to log P(he)/P(she)")
