@@ -131,6 +131,10 @@ def test_readme():
     assert {Path(figure) for figure in figures} == kept, "a figure nobody shows"
     for name in ROOT_FILES:
         assert f"`{name}.py`" in text, f"README.md has no row for {name}.py"
+        first, last = map(int, re.search(rf"`{name}.py` (\d+) to (\d+)", text).groups())  # where its method stands
+        lines = (HOUSE / f"{name}.py").read_text("utf-8").splitlines()
+        heads = [i for i, line in enumerate(lines, 1) if line.startswith("# ====")]
+        assert first == heads[0] < 200 and last + 1 in heads, f"README.md: the method of {name}.py has moved"
 
 
 def test_requirements_are_pinned_and_allowed():
