@@ -18,7 +18,7 @@ outcomes among the people. They are two-sided: outcomes can also be less homogen
 
 How to run it.
 
-    python ecosystem.py                    four classifiers of Unicode characters, offline (14 s of CPU)
+    python ecosystem.py                    four classifiers of Unicode characters, offline (12 s of CPU)
     python ecosystem.py report FILE…       your table, a row a person: a label and a column of answers for each model,
                                            or --outcome correct|fail and columns of 0 and 1
     python ecosystem.py improve FILE…      columns model@time: who gains when a model improves

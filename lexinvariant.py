@@ -20,7 +20,7 @@ table is needed: a symbol's vector is the draw at its first occurrence.
 
 How to run it.
 
-    python lexinvariant.py                        theorem, LookUp, a chain deciphered, English (3 minutes, one core)
+    python lexinvariant.py                        theorem, LookUp, a chain deciphered, English (2 minutes, one core)
     python lexinvariant.py lookup | bayes         table 1 of the paper, also --task permutation; the exact optimum
     python lexinvariant.py train --mode canonical, then decipher --text "wkh txlfn eurzq ira …"    your cipher
     torchrun --nproc_per_node=8 lexinvariant.py train --preset paper --data FILE       150M weights, 250,000 steps
@@ -31,7 +31,7 @@ after 511 characters; 99.6 % of a cipher's key read by a probe; LookUp 91.8 agai
 
 What we measured (one core of an AMD EPYC shared with others, torch 2.13.0, seed 0).
 
-    python lexinvariant.py                 165 CPU seconds
+    python lexinvariant.py                 121 CPU seconds
     the exact p′ loses to q                1.792, 3.178, 4.787, 6.579 nats in all for 3 to 6 symbols: ln d!
     LookUp of random values, both models   gaussian 0.982, 0.978, 0.972, standard 0.115, 0.146, 0.181 (seeds 0 to 2); as
         trained on all symbols             in training, where the standard model knows the map by heart: 0.98 and 1.00

@@ -34,9 +34,9 @@ What we measured (2 cores of an AMD EPYC, torch 2.13.0, seeds 0 to 2, loss in na
     AdamW                   32        2.972 ± 0.014   0.5
     AdamW                   64        2.883 ± 0.026   1                     1
     AdamW                   128       2.567 ± 0.011   2
-    Signum, Lion            64        2.901, 2.906    0.83, 0.90            0.9
-    Sophia-G                64        2.892 ± 0.031   0.91                  1.05 to 1.3
-    Sophia-H                64        2.885 ± 0.020   0.97                  1.6 to 2.0
+    Signum, Lion            64        2.901, 2.906    0.83, 0.90            0.9 to 1.0
+    Sophia-G                64        2.892 ± 0.031   0.91                  1.05 to 1.4
+    Sophia-H                64        2.885 ± 0.020   0.97                  1.6 to 2.1
 
 What did not hold at this scale: the factor of 2. Sophia is level with AdamW in steps, behind in time. AdamW at T/2 and
 2T is tuned for its own length. Nobody's warm-up, β2, γ, weight decay and k are tuned; where they move, so does the gap:
