@@ -23,7 +23,7 @@ How to run it.
     python neqa.py fit A/results.json B/results.json C/results.json    the shape, t1 and s over three sizes or more
     python neqa.py compose                         the formula's three shapes
 
-What we measured. `python neqa.py` (seeds 0 to 2, chance ½, torch 2.13, one CPU thread, 121 s of CPU). NeQA is exact,
+What we measured. `python neqa.py` (seeds 0 to 2, chance ½, torch 2.13, one CPU thread, 97 s of CPU). NeQA is exact,
 over 400 facts; s is measured on the 400 others, so that the second line of a share is a prediction:
 
     parameters                               2,362   7,794   27,874   104,898
