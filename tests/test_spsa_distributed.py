@@ -327,8 +327,8 @@ def test_a_run_by_real_processes(tmp_path):
         first.kill()
         ends(when, first, -9)
         before = spsa.read_log(log)[1]
-        lost = sum(len(record.pack()) for record in before[-2:])
-        log.write_bytes(log.read_bytes()[:-lost] + before[-2].pack()[:20] + bytes(500))  # two lost, half a one, zeros
+        lost = sum(len(record.pack()) for record in before[-3:])
+        log.write_bytes(log.read_bytes()[:-lost] + before[-3].pack()[:20] + bytes(500))  # three lost, half a one, 0s
         late = start("late", machine, port, 6, tmp_path, 0.01)
         when(lambda: "no notary" in said("late"))
         again = start("notary again", notary, log, port, run, 4)
@@ -341,7 +341,8 @@ def test_a_run_by_real_processes(tmp_path):
     found, toy = spsa.read_log(log)[1], Toy(run)
     loss = float(toy.loss_of(0, 0))
     replica = spsa.replica_of(toy.model, run, found)
-    assert found[: len(before)] == before  # what the log had lost came back from machines
+    # subtle: the last of them may have been on the disk alone when its notary was killed: then nobody has it
+    assert found[: len(before) - 1] == before[:-1]  # what the log had lost came back from machines
     assert replica.hash == found[-1].hash and len(found) == 301
     assert float(toy.loss_of(0, 0)) < 0.8 * loss  # in spite of the wild byte
     shares = {i: sum(i in dict(record.members) for record in found[:300]) for i in range(1, 7)}
