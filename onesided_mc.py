@@ -194,12 +194,11 @@ def pair_likelihood(theta, table):
 
 @dataclass
 class Model:
+    stats: PairStats  # what it was fitted to
     V: torch.Tensor  # (d, R): XᵀX/m ≈ V·Vᵀ + noise_variance·I, means taken off
     rank: int  # r ≤ R: components to report
-    noise_variance: float  # σ²; 0 for the paper's estimator
-    residual_variance: float  # mean square that the r components leave: noise, and components beyond r
-    means: torch.Tensor  # (d,)
-    converged: bool
+    noise_variance: float = 0.0  # σ²; 0 for the paper's estimator
+    converged: bool = True
 
     def components(self, center=None, n=None):
         """The n (default: rank) largest eigenvalues, descending, and eigenvectors (d, n) of V·Vᵀ: X's squared singular
@@ -208,27 +207,25 @@ class Model:
         Q, s, _ = torch.linalg.svd(V, full_matrices=False)
         return s[:n] ** 2, (Q * Q.gather(0, Q.abs().argmax(0, keepdim=True)).sign())[:, :n]
 
+    @property
+    def residual_variance(self):
+        """Mean square that the r components leave: noise, and components beyond r. At least a thousandth of all."""
+        eigenvalues, Q = self.components()
+        squares, seen = self.stats.table[0].diagonal(), self.stats.table[1].diagonal()
+        left = squares - seen * (Q**2 @ eigenvalues)
+        return float(max(left.sum(), 1e-3 * squares.sum()) / seen.sum())
+
     def transform(self, columns, values):
         """Rows → (scores (rows, r), whole rows (rows, d)): the conditional mean of Gaussian rows, a ridge regression of
         the entries on L = Q·√λ: z = (LᵀL + ψ·I)⁻¹·Lᵀ·(x − μ), ψ the residual variance. Below r entries: a guess."""
         eigenvalues, Q = self.components()
-        columns, loadings = torch.as_tensor(columns).to(Q.device, torch.int64), Q * eigenvalues.sqrt()
-        seen, at = columns >= 0, columns.clamp(min=0)
+        columns, means = torch.as_tensor(columns).to(Q.device, torch.int64), self.stats.means
+        seen, at, loadings = columns >= 0, columns.clamp(min=0), Q * eigenvalues.sqrt()
         L = loadings[at] * seen[..., None]  # (rows, k, r)
-        x = torch.where(seen, torch.as_tensor(values).to(Q) - self.means[at], 0.0)
+        x = torch.where(seen, torch.as_tensor(values).to(Q) - means[at], 0.0)
         ridge = self.residual_variance * torch.eye(self.rank).to(Q)
         z = torch.linalg.solve(L.mT @ L + ridge, L.mT @ x[..., None])[..., 0]
-        return z * eigenvalues.sqrt(), self.means + z @ loadings.T
-
-
-def model_of(stats, V, rank, noise_variance=0.0, converged=True):
-    """The Model with this V; its residual variance is at least a thousandth of the mean square."""
-    model = Model(V, rank, noise_variance, 0.0, stats.means, converged)
-    eigenvalues, Q = model.components()
-    squares, seen = stats.table[0].diagonal(), stats.table[1].diagonal()
-    left = squares - seen * (Q**2 @ eigenvalues)
-    model.residual_variance = float(max(left.sum(), 1e-3 * squares.sum()) / seen.sum())
-    return model
+        return z * eigenvalues.sqrt(), means + z @ loadings.T
 
 
 def top_eigenvectors(matrix, n):
@@ -293,7 +290,7 @@ def fit(stats, rank, fit_rank=None, estimator="likelihood", max_steps=500):
         loss = float(closure())
         converged, before = before - loss <= 1e-6 * abs(loss) + 1e-12, loss
     noise_variance = (1e-3 + float(log_noise.detach().exp())) * mean_square if likelihood else 0.0
-    return model_of(stats, (unit * W).detach() * mean_square**0.5, rank, noise_variance, converged)
+    return Model(stats, (unit * W).detach() * mean_square**0.5, rank, noise_variance, converged)
 
 
 # ==================================================================================== how good is it
@@ -384,7 +381,7 @@ SPECTRAL = {  # the matrix whose top eigenvectors are taken
 def spectral(stats, rank, matrix):
     """The Model of a matrix's top eigenvectors."""
     eigenvalues, Q = top_eigenvectors(matrix(stats), rank)
-    return model_of(stats, Q * eigenvalues.clamp(min=0).sqrt(), rank)
+    return Model(stats, Q * eigenvalues.clamp(min=0).sqrt(), rank)
 
 
 def complete(columns, values, d, rank, ridges, seed=0, steps=30):
@@ -803,13 +800,14 @@ def impossible(args):
     device, rank, world = begin(args)
     d, r, k, rows = args.columns, args.rank, args.k, []
     V = right_factor(d, r, args.seed, device)
-    truth, oracle = torch.linalg.qr(V.double())[0], Model(V.double(), r, 0.0, 1e-10, V.new_zeros(d).double(), True)
+    truth = torch.linalg.qr(V.double())[0]
     u, columns, values = next(low_rank_rows(V, 2000, k, args.seed + 1000))  # new rows
     x = u.double() @ V.double().T
     unseen = torch.ones_like(x, dtype=torch.bool).scatter_(1, columns, False)
     missed = lambda model: float((model.transform(columns, values)[1] - x)[unseen].norm() / x[unseen].norm()) ** 2
     for m in args.rows:
-        model = fit(make_rows(args, V, m, args.seed, 0.0, rank, world), r)
+        stats = make_rows(args, V, m, args.seed, 0.0, rank, world)
+        model, oracle = fit(stats, r), Model(stats, V.double(), r)
         error = f"{rowspace_error(model.components()[1], truth):.4f}"
         rows.append((f"{m:,}", error, missed(model), missed(oracle), max(0.0, (r - k) / r)))
     header = (f"rows; d = {d}, r = {r}, k = {k}", f"row-space error, 0 to {2 * r}", "unseen variance missed, V fitted",
@@ -931,7 +929,7 @@ def fit_file(args):
           + "; the solver stopped before it converged" * (not model.converged))
     if rank == 0:
         np.savez(args.out / "model.npz", columns=columns, components=Q, values=eigenvalues, V=model.V.cpu(),
-                 means=model.means.cpu(), noise_variance=model.noise_variance)
+                 means=stats.means.cpu(), noise_variance=model.noise_variance)
         print(args.out / "model.npz")
     if rank == 0 and args.scores:
         scores = np.zeros((len(rows), r))

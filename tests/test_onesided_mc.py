@@ -190,7 +190,7 @@ def test_row_centring_and_transform():
 def test_standard_error_of_held_out_differences(k):
     """Rows are independent, their pairs are not: the error must hold at k = 8 too."""
     V, draws = mc.right_factor(10, 2, 0), []
-    one, two = (mc.Model(V.double()[:, :n], n, 0.0, 1.0, torch.zeros(10), True) for n in (1, 2))
+    one, two = (mc.Model(PairStats(10), V.double()[:, :n], n) for n in (1, 2))
     for seed in range(120):
         blocks = blocks_of(shown(V, 500, k, seed, 1.0), 10)
         gain = torch.stack([mc.pair_fit(two, block)[1] - mc.pair_fit(one, block)[0] for block in blocks])
