@@ -74,7 +74,7 @@ import sys
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -341,19 +341,23 @@ def block_error(scores):
     return scores.std(0) / len(scores) ** 0.5
 
 
+def first_near_best(scores):
+    """Scores (blocks, n) → the first of the n within one standard error of the best, and the best."""
+    best = int(scores.mean(0).argmax())
+    behind = scores[:, best : best + 1] - scores
+    return int((behind.mean(0) <= block_error(behind)).nonzero()[0, 0]), best
+
+
 def choose_rank(blocks, fit_rank=64):
     """The smallest rank within one standard error of the best in pairs of held-out rows → rank, at_bound.
 
     One fit of many columns scores all ranks, for components are nested; the columns double if the best is the last.
     at_bound: the loss still fell at rank d, so no rank below the number of columns was found."""
-    while True:
-        scores = held_out(blocks, pair_fit, fit_rank=min(fit_rank, blocks[0].d))
-        best = int(scores.mean(0).argmax())
-        behind = scores[:, best : best + 1] - scores[:, : best + 1]
-        near = behind.mean(0) <= block_error(behind)
-        if best + 1 < fit_rank or fit_rank >= blocks[0].d:
-            return int(near.nonzero()[0, 0]) + 1, best + 1 == blocks[0].d
-        fit_rank *= 2
+    d = blocks[0].d
+    first, best = first_near_best(held_out(blocks, pair_fit, fit_rank=min(fit_rank, d)))
+    if best + 1 == fit_rank < d:
+        return choose_rank(blocks, 2 * fit_rank)
+    return first + 1, best + 1 == d
 
 
 def choose_fit(blocks, rank, center=None, shown=None):
@@ -364,8 +368,8 @@ def choose_fit(blocks, rank, center=None, shown=None):
     for estimator, R in ("likelihood", wide), ("paper", wide), ("paper", rank), ("likelihood", rank):
         scores = held_out(blocks, explained, rank, center, estimator=estimator, fit_rank=R)
         shares[estimator, R] = scores[:, (shown or rank) - 1]
-    best = max(shares.values(), key=lambda share: float(share.mean()))
-    return next(key for key, share in shares.items() if (best - share).mean() <= block_error(best - share)), shares
+    first, _ = first_near_best(torch.stack(list(shares.values()), 1))
+    return list(shares)[first], shares
 
 
 # ==================================================================================== baselines
@@ -436,9 +440,9 @@ def read_text(path):
 def to_number(cell):
     """NaN where the cell is missing, infinity where it is no number."""
     try:
-        return math.nan if cell.strip().lower() in MISSING else math.inf if "_" in cell else float(cell)
+        return math.inf if "_" in cell else float(cell)  # float("1_000") is 1000.0
     except ValueError:
-        return math.inf
+        return math.nan if cell.strip().lower() in MISSING else math.inf
 
 
 def number_labels(labels):
@@ -455,26 +459,23 @@ def read_entries(path, layout=None):
     cells, quoted or not. layout: "long", "wide", or None: long where lines have three or four fields and the first
     ones repeat. Prints what was read as what. Raises ValueError that names row, column and remedy."""
     text = read_text(path)
+    if "::" in text.split("\n", 1)[0]:
+        text = text.replace("::", "\t")
     first = text.split("\n", 1)[0]
-    if "::" in first:
-        text, first = text.replace("::", "\t"), first.replace("::", "\t")
     delimiter = max("\t;, ", key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    names = next(reader, [])
+    names, cells = next(reader, []), []
     width = len(names)
     if width < 3:
         raise ValueError(f"{path}, line 1 has {width} fields: want row, column, value, or a table of three or more")
-
-    def lines():
-        for line in reader:
-            if line and len(line) != width:
-                raise ValueError(f"{path}, line {reader.line_num} has {len(line)} fields, line 1 has {width}: put "
-                                 f"cells that hold {delimiter!r} in quotes")
-            yield line
-
-    cells = list(chain.from_iterable(lines()))  # subtle: flat; a million small lists cost seconds of garbage collection
+    for line in reader:
+        if line and len(line) != width:
+            raise ValueError(f"{path}, line {reader.line_num} has {len(line)} fields, line 1 has {width}: put cells "
+                             f"that hold {delimiter!r} in quotes")
+        cells += line  # subtle: flat; a million small lists cost seconds of garbage collection
     header = any(map(str.isalpha, names[2])) and to_number(names[2]) == math.inf
-    cells, names = (cells, names) if header else (names + cells, [f"field {i + 1}" for i in range(width)])
+    if not header:
+        cells, names = names + cells, [f"field {i + 1}" for i in range(width)]
     firsts = cells[::width]
     if layout == "long" or layout is None and width <= 4 and len(set(firsts)) < len(firsts):
         (row, rows), (column, columns), cells = number_labels(firsts), number_labels(cells[1::width]), cells[2::width]
@@ -484,15 +485,11 @@ def read_entries(path, layout=None):
             raise ValueError(f"{path}, line 1 has no names of columns: add them (y2019, not 2019), or say layout long")
         named = names[0].lower() in ("", "row", "name", "id") or names[0].endswith(("_id", " id", "Id", "ID"))
         labelled = named or any(to_number(cell) == math.inf for cell in firsts)
-        rows = firsts if labelled else list(map(str, range(1, len(firsts) + 1)))
-        columns = names[labelled:]
-        cells = list(chain.from_iterable(zip(*(cells[i::width] for i in range(labelled, width)))))
+        rows, columns = firsts if labelled else list(map(str, range(1, len(firsts) + 1))), names[labelled:]
+        cells = [cell for i, cell in enumerate(cells) if i % width >= labelled]
         row, column = np.divmod(np.arange(len(cells)), len(columns))
         what = f"wide: columns {columns[0]!r} to {columns[-1]!r}" + f", rows by {names[0]!r}" * labelled
-    try:
-        value = np.array(list(map(float if "_" not in text else to_number, cells)))  # float("1_000") is 1000.0
-    except ValueError:
-        value = np.array(list(map(to_number, cells)))
+    value = np.array(list(map(to_number, cells)))
     key = row * len(columns) + column
     order = np.argsort(key, kind="stable")
     order = order[~np.isnan(value[order])]
