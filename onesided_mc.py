@@ -74,7 +74,7 @@ import sys
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -194,12 +194,11 @@ def pair_likelihood(theta, table):
 
 @dataclass
 class Model:
+    stats: PairStats  # what it was fitted to
     V: torch.Tensor  # (d, R): XᵀX/m ≈ V·Vᵀ + noise_variance·I, means taken off
     rank: int  # r ≤ R: components to report
-    noise_variance: float  # σ²; 0 for the paper's estimator
-    residual_variance: float  # mean square that the r components leave: noise, and components beyond r
-    means: torch.Tensor  # (d,)
-    converged: bool
+    noise_variance: float = 0.0  # σ²; 0 for the paper's estimator
+    converged: bool = True
 
     def components(self, center=None, n=None):
         """The n (default: rank) largest eigenvalues, descending, and eigenvectors (d, n) of V·Vᵀ: X's squared singular
@@ -208,27 +207,25 @@ class Model:
         Q, s, _ = torch.linalg.svd(V, full_matrices=False)
         return s[:n] ** 2, (Q * Q.gather(0, Q.abs().argmax(0, keepdim=True)).sign())[:, :n]
 
+    @property
+    def residual_variance(self):
+        """Mean square that the r components leave: noise, and components beyond r. At least a thousandth of all."""
+        eigenvalues, Q = self.components()
+        squares, seen = self.stats.table[0].diagonal(), self.stats.table[1].diagonal()
+        left = squares - seen * (Q**2 @ eigenvalues)
+        return float(max(left.sum(), 1e-3 * squares.sum()) / seen.sum())
+
     def transform(self, columns, values):
         """Rows → (scores (rows, r), whole rows (rows, d)): the conditional mean of Gaussian rows, a ridge regression of
         the entries on L = Q·√λ: z = (LᵀL + ψ·I)⁻¹·Lᵀ·(x − μ), ψ the residual variance. Below r entries: a guess."""
         eigenvalues, Q = self.components()
-        columns, loadings = torch.as_tensor(columns).to(Q.device, torch.int64), Q * eigenvalues.sqrt()
-        seen, at = columns >= 0, columns.clamp(min=0)
+        columns, means = torch.as_tensor(columns).to(Q.device, torch.int64), self.stats.means
+        seen, at, loadings = columns >= 0, columns.clamp(min=0), Q * eigenvalues.sqrt()
         L = loadings[at] * seen[..., None]  # (rows, k, r)
-        x = torch.where(seen, torch.as_tensor(values).to(Q) - self.means[at], 0.0)
+        x = torch.where(seen, torch.as_tensor(values).to(Q) - means[at], 0.0)
         ridge = self.residual_variance * torch.eye(self.rank).to(Q)
         z = torch.linalg.solve(L.mT @ L + ridge, L.mT @ x[..., None])[..., 0]
-        return z * eigenvalues.sqrt(), self.means + z @ loadings.T
-
-
-def model_of(stats, V, rank, noise_variance=0.0, converged=True):
-    """The Model with this V; its residual variance is at least a thousandth of the mean square."""
-    model = Model(V, rank, noise_variance, 0.0, stats.means, converged)
-    eigenvalues, Q = model.components()
-    squares, seen = stats.table[0].diagonal(), stats.table[1].diagonal()
-    left = squares - seen * (Q**2 @ eigenvalues)
-    model.residual_variance = float(max(left.sum(), 1e-3 * squares.sum()) / seen.sum())
-    return model
+        return z * eigenvalues.sqrt(), means + z @ loadings.T
 
 
 def top_eigenvectors(matrix, n):
@@ -293,7 +290,7 @@ def fit(stats, rank, fit_rank=None, estimator="likelihood", max_steps=500):
         loss = float(closure())
         converged, before = before - loss <= 1e-6 * abs(loss) + 1e-12, loss
     noise_variance = (1e-3 + float(log_noise.detach().exp())) * mean_square if likelihood else 0.0
-    return model_of(stats, (unit * W).detach() * mean_square**0.5, rank, noise_variance, converged)
+    return Model(stats, (unit * W).detach() * mean_square**0.5, rank, noise_variance, converged)
 
 
 # ==================================================================================== how good is it
@@ -344,19 +341,23 @@ def block_error(scores):
     return scores.std(0) / len(scores) ** 0.5
 
 
+def first_near_best(scores):
+    """Scores (blocks, n) → the first of the n within one standard error of the best, and the best."""
+    best = int(scores.mean(0).argmax())
+    behind = scores[:, best : best + 1] - scores
+    return int((behind.mean(0) <= block_error(behind)).nonzero()[0, 0]), best
+
+
 def choose_rank(blocks, fit_rank=64):
     """The smallest rank within one standard error of the best in pairs of held-out rows → rank, at_bound.
 
     One fit of many columns scores all ranks, for components are nested; the columns double if the best is the last.
     at_bound: the loss still fell at rank d, so no rank below the number of columns was found."""
-    while True:
-        scores = held_out(blocks, pair_fit, fit_rank=min(fit_rank, blocks[0].d))
-        best = int(scores.mean(0).argmax())
-        behind = scores[:, best : best + 1] - scores[:, : best + 1]
-        near = behind.mean(0) <= block_error(behind)
-        if best + 1 < fit_rank or fit_rank >= blocks[0].d:
-            return int(near.nonzero()[0, 0]) + 1, best + 1 == blocks[0].d
-        fit_rank *= 2
+    d = blocks[0].d
+    first, best = first_near_best(held_out(blocks, pair_fit, fit_rank=min(fit_rank, d)))
+    if best + 1 == fit_rank < d:
+        return choose_rank(blocks, 2 * fit_rank)
+    return first + 1, best + 1 == d
 
 
 def choose_fit(blocks, rank, center=None, shown=None):
@@ -367,8 +368,8 @@ def choose_fit(blocks, rank, center=None, shown=None):
     for estimator, R in ("likelihood", wide), ("paper", wide), ("paper", rank), ("likelihood", rank):
         scores = held_out(blocks, explained, rank, center, estimator=estimator, fit_rank=R)
         shares[estimator, R] = scores[:, (shown or rank) - 1]
-    best = max(shares.values(), key=lambda share: float(share.mean()))
-    return next(key for key, share in shares.items() if (best - share).mean() <= block_error(best - share)), shares
+    first, _ = first_near_best(torch.stack(list(shares.values()), 1))
+    return list(shares)[first], shares
 
 
 # ==================================================================================== baselines
@@ -384,7 +385,7 @@ SPECTRAL = {  # the matrix whose top eigenvectors are taken
 def spectral(stats, rank, matrix):
     """The Model of a matrix's top eigenvectors."""
     eigenvalues, Q = top_eigenvectors(matrix(stats), rank)
-    return model_of(stats, Q * eigenvalues.clamp(min=0).sqrt(), rank)
+    return Model(stats, Q * eigenvalues.clamp(min=0).sqrt(), rank)
 
 
 def complete(columns, values, d, rank, ridges, seed=0, steps=30):
@@ -439,9 +440,9 @@ def read_text(path):
 def to_number(cell):
     """NaN where the cell is missing, infinity where it is no number."""
     try:
-        return math.nan if cell.strip().lower() in MISSING else math.inf if "_" in cell else float(cell)
+        return math.inf if "_" in cell else float(cell)  # float("1_000") is 1000.0
     except ValueError:
-        return math.inf
+        return math.nan if cell.strip().lower() in MISSING else math.inf
 
 
 def number_labels(labels):
@@ -458,26 +459,23 @@ def read_entries(path, layout=None):
     cells, quoted or not. layout: "long", "wide", or None: long where lines have three or four fields and the first
     ones repeat. Prints what was read as what. Raises ValueError that names row, column and remedy."""
     text = read_text(path)
+    if "::" in text.split("\n", 1)[0]:
+        text = text.replace("::", "\t")
     first = text.split("\n", 1)[0]
-    if "::" in first:
-        text, first = text.replace("::", "\t"), first.replace("::", "\t")
     delimiter = max("\t;, ", key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    names = next(reader, [])
+    names, cells = next(reader, []), []
     width = len(names)
     if width < 3:
         raise ValueError(f"{path}, line 1 has {width} fields: want row, column, value, or a table of three or more")
-
-    def lines():
-        for line in reader:
-            if line and len(line) != width:
-                raise ValueError(f"{path}, line {reader.line_num} has {len(line)} fields, line 1 has {width}: put "
-                                 f"cells that hold {delimiter!r} in quotes")
-            yield line
-
-    cells = list(chain.from_iterable(lines()))  # subtle: flat; a million small lists cost seconds of garbage collection
+    for line in reader:
+        if line and len(line) != width:
+            raise ValueError(f"{path}, line {reader.line_num} has {len(line)} fields, line 1 has {width}: put cells "
+                             f"that hold {delimiter!r} in quotes")
+        cells += line  # subtle: flat; a million small lists cost seconds of garbage collection
     header = any(map(str.isalpha, names[2])) and to_number(names[2]) == math.inf
-    cells, names = (cells, names) if header else (names + cells, [f"field {i + 1}" for i in range(width)])
+    if not header:
+        cells, names = names + cells, [f"field {i + 1}" for i in range(width)]
     firsts = cells[::width]
     if layout == "long" or layout is None and width <= 4 and len(set(firsts)) < len(firsts):
         (row, rows), (column, columns), cells = number_labels(firsts), number_labels(cells[1::width]), cells[2::width]
@@ -487,15 +485,11 @@ def read_entries(path, layout=None):
             raise ValueError(f"{path}, line 1 has no names of columns: add them (y2019, not 2019), or say layout long")
         named = names[0].lower() in ("", "row", "name", "id") or names[0].endswith(("_id", " id", "Id", "ID"))
         labelled = named or any(to_number(cell) == math.inf for cell in firsts)
-        rows = firsts if labelled else list(map(str, range(1, len(firsts) + 1)))
-        columns = names[labelled:]
-        cells = list(chain.from_iterable(zip(*(cells[i::width] for i in range(labelled, width)))))
+        rows, columns = firsts if labelled else list(map(str, range(1, len(firsts) + 1))), names[labelled:]
+        cells = [cell for i, cell in enumerate(cells) if i % width >= labelled]
         row, column = np.divmod(np.arange(len(cells)), len(columns))
         what = f"wide: columns {columns[0]!r} to {columns[-1]!r}" + f", rows by {names[0]!r}" * labelled
-    try:
-        value = np.array(list(map(float if "_" not in text else to_number, cells)))  # float("1_000") is 1000.0
-    except ValueError:
-        value = np.array(list(map(to_number, cells)))
+    value = np.array(list(map(to_number, cells)))
     key = row * len(columns) + column
     order = np.argsort(key, kind="stable")
     order = order[~np.isnan(value[order])]
@@ -803,13 +797,14 @@ def impossible(args):
     device, rank, world = begin(args)
     d, r, k, rows = args.columns, args.rank, args.k, []
     V = right_factor(d, r, args.seed, device)
-    truth, oracle = torch.linalg.qr(V.double())[0], Model(V.double(), r, 0.0, 1e-10, V.new_zeros(d).double(), True)
+    truth = torch.linalg.qr(V.double())[0]
     u, columns, values = next(low_rank_rows(V, 2000, k, args.seed + 1000))  # new rows
     x = u.double() @ V.double().T
     unseen = torch.ones_like(x, dtype=torch.bool).scatter_(1, columns, False)
     missed = lambda model: float((model.transform(columns, values)[1] - x)[unseen].norm() / x[unseen].norm()) ** 2
     for m in args.rows:
-        model = fit(make_rows(args, V, m, args.seed, 0.0, rank, world), r)
+        stats = make_rows(args, V, m, args.seed, 0.0, rank, world)
+        model, oracle = fit(stats, r), Model(stats, V.double(), r)
         error = f"{rowspace_error(model.components()[1], truth):.4f}"
         rows.append((f"{m:,}", error, missed(model), missed(oracle), max(0.0, (r - k) / r)))
     header = (f"rows; d = {d}, r = {r}, k = {k}", f"row-space error, 0 to {2 * r}", "unseen variance missed, V fitted",
@@ -931,7 +926,7 @@ def fit_file(args):
           + "; the solver stopped before it converged" * (not model.converged))
     if rank == 0:
         np.savez(args.out / "model.npz", columns=columns, components=Q, values=eigenvalues, V=model.V.cpu(),
-                 means=model.means.cpu(), noise_variance=model.noise_variance)
+                 means=stats.means.cpu(), noise_variance=model.noise_variance)
         print(args.out / "model.npz")
     if rank == 0 and args.scores:
         scores = np.zeros((len(rows), r))
