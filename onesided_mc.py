@@ -363,13 +363,14 @@ def choose_rank(blocks, fit_rank=64):
 def choose_fit(blocks, rank, center=None, shown=None):
     """Settings of fit by the variance of held-out rows that the first `shown` (default: rank) components explain.
 
-    Of four the first within one standard error of the best → (estimator, fit_rank), {(estimator, fit_rank): shares}."""
-    wide, shares = max(rank, min(blocks[0].d, 64)), {}
+    Of four the first within one standard error of the best → its name, {name: Model of all rows}, {name: shares}."""
+    wide, models, shares = max(rank, min(blocks[0].d, 64)), {}, {}
     for estimator, R in ("likelihood", wide), ("paper", wide), ("paper", rank), ("likelihood", rank):
+        models[label(estimator, R)] = fit(sum(blocks[1:], blocks[0]), rank, R, estimator)
         scores = held_out(blocks, explained, rank, center, estimator=estimator, fit_rank=R)
-        shares[estimator, R] = scores[:, (shown or rank) - 1]
+        shares[label(estimator, R)] = scores[:, (shown or rank) - 1]
     first, _ = first_near_best(torch.stack(list(shares.values()), 1))
-    return list(shares)[first], shares
+    return list(models)[first], models, shares
 
 
 # ==================================================================================== baselines
@@ -567,9 +568,8 @@ def read_vcf(path, rank=0, world=1):
 def read_panel(path, samples):
     """Populations of these samples, from lines of sample, population; of 1000 Genomes' panel its super_pop."""
     text = read_text(path)
-    mark = next((mark for mark in "\t," if mark in text), None)
-    lines = [line.split(mark) for line in text.splitlines() if line.strip()]
-    at = 2 if "super_pop" in lines[0] else 1
+    mark, at = next((mark for mark in "\t," if mark in text), None), 2 if "super_pop" in text else 1
+    lines = [line.split(mark) for line in text.splitlines()]
     people = {line[0].strip(): line[at].strip() for line in lines if len(line) > at}
     if unknown := [sample for sample in samples if sample not in people]:
         raise ValueError(f"{path} has no population of {unknown[0]!r} ({len(unknown)} of {len(samples)} samples)")
@@ -691,10 +691,6 @@ def mean_sd(values):
 
 def label(estimator, fit_rank):
     return f"{estimator}, V of {fit_rank} columns"
-
-
-def mean_error(scores):
-    return f"{scores.mean():.4f} ± {block_error(scores):.4f}"
 
 
 def right_factor(d, rank, seed, device="cpu"):
@@ -838,48 +834,45 @@ def few_genotypes(x, k, maf, rng):
 
 def genome(args):
     """Section 5.2: people's ancestry from k genotypes a site. Rows are sites, columns are people.
-    --data FILE.vcf.gz, or simulated people (Balding–Nichols). Writes people.csv: sample, population, PC1, …"""
+    --data FILE.vcf.gz, or 3 × 20 simulated people (Balding–Nichols, F = 0.1, as of continents). Writes people.csv:
+    sample, population, PC1, …"""
     device, rank, world = begin(args)
     if args.data:
         sites = read_vcf(args.data, rank, world)
         samples = next(sites)
         labels = read_panel(args.panel, samples) if args.panel else ["?"] * len(samples)
     else:
-        if not 2 <= args.populations <= args.people / 2 or not 0 < args.fst < 1 or args.sites < 5 * 512:
-            fail("want two populations or more (--populations), of two people or more (--people), 0 < --fst < 1, and "
-                 "2,560 --sites or more")
-        samples, labels = range(1, args.people + 1), np.sort(np.arange(args.people) % args.populations)
-        sites = balding_nichols(args.sites, labels, args.fst, args.seed, rank, world)
+        samples, labels = range(1, 61), np.arange(60) // 20
+        sites = balding_nichols(args.sites, labels, 0.1, args.seed, rank, world)
     names, population = np.unique(labels, return_inverse=True)
     d, n = len(samples), len(names) - 1 or 2  # n components; one more is fitted, for the sites' means
     if not 2 <= args.k <= d or n >= d:
         fail(f"--k {args.k}, {d} people, {len(names)} populations: want a k of 2 to the people, and fewer populations")
-    blocks = [PairStats(d, device=device) for _ in range(5)]
-    gram, counted = (blocks[0].table.new_zeros(shape) for shape in ((d, d), 2))
+    everyone, *blocks = (PairStats(d, device=device) for _ in range(6))
     for number, x in tqdm(sites, disable=args.quiet or rank > 0):
         columns, values, coded = few_genotypes(x, args.k, args.maf, np.random.default_rng((args.seed, number)))
         blocks[number % 5].update(columns, values)  # a block: runs of neighbouring sites
-        coded = torch.from_numpy(coded).to(gram)
-        gram += coded.T @ coded
-        counted += torch.tensor([len(x), len(coded)]).to(gram)
-    for block in blocks:
-        block.all_reduce()
-    if world > 1:
-        dist.all_reduce(gram)
-        dist.all_reduce(counted)
-    print("{:,.0f} sites, {:,.0f} of them with a minor allele frequency of {} or more".format(*counted, args.maf))
-    stats, center = sum(blocks[1:], blocks[0]), torch.eye(d).to(gram) - 1 / d
-    chosen, shares = choose_fit(blocks, n + 1, "rows", n)
-    full, rows = top_eigenvectors(center @ gram @ center, n)[1], []
-    models = {name: spectral(stats, n + 1, matrix) for name, matrix in SPECTRAL.items()}
-    models |= {label(*key): fit(stats, n + 1, key[1], key[0]) for key in shares}
-    bases = {"all genotypes": full} | {name: model.components("rows", n)[1] for name, model in models.items()}
-    shares = {label(*key): mean_error(share) + ", chosen" * (key == chosen) for key, share in shares.items()}
-    for name, Q in bases.items():
-        rows.append((name, rowspace_error(Q, full), neighbours_agree(Q, population), shares.get(name, "")))
+        coded = torch.from_numpy(coded - coded.mean(1, keepdims=True)).to(device)
+        everyone.table[0] += coded.T @ coded
+        everyone.table[1] += len(coded)
+    for part in everyone, *blocks:
+        part.all_reduce()
+    if not all(block.table[1].any() for block in blocks):
+        fail(f"want {5 * 512:,} sites or more: settings are chosen by five blocks, runs of 512 neighbouring sites")
+    print(f"{everyone.table[1, 0, 0]:,.0f} sites have a minor allele frequency of {args.maf} or more")
+    stats, rows = sum(blocks[1:], blocks[0]), []
+    chosen, fits, shares = choose_fit(blocks, n + 1, "rows", n)
+    models = {"all genotypes": spectral(everyone, n, SPECTRAL["direct SVD"])}
+    models |= {name: spectral(stats, n + 1, matrix) for name, matrix in SPECTRAL.items()}
+    points = {name: model.components("rows", n)[1] for name, model in (models | fits).items()}
+    for name, Q in points.items():
+        row = [name, rowspace_error(Q, points["all genotypes"]), neighbours_agree(Q, population), ""]
+        if name in shares:
+            row[3] = f"{shares[name].mean():.4f} ± {block_error(shares[name]):.4f}" + ", chosen" * (name == chosen)
+        rows.append(row)
     if rank == 0:
         write_csv(args.out / "people.csv", ["sample", "population", *(f"PC{i + 1}" for i in range(n))],
-                  [(*who, *at) for *who, at in zip(samples, labels, bases[label(*chosen)].tolist())])
+                  [(*who, *at) for *who, at in zip(samples, labels, points[chosen].tolist())])
     header = f"{d} people, {args.k} seen a site", f"error, 0 to {2 * n}", "neighbours agree", "held-out share explained"
     finish(args, rank, header, rows)
 
@@ -904,9 +897,9 @@ def fit_file(args):
     none, alone = ((shown == n).sum() for n in (0, 1))
     print(f"left out: {(~keep).sum():,} columns with fewer than {args.least} entries (--least), {none:,} rows without "
           f"any other; {alone:,} rows show one entry, which tells no pair")
-    if not max(3, args.rank or 0, args.fit_rank or 0) <= d <= 10_000:
+    if not max(3, args.rank or 0) <= d <= 10_000:
         fail(f"{args.file}: {d:,} columns have {args.least} entries or more; want 10,000 at most (filter columns: "
-             "raise --least), 3 at least, and --rank and --fit_rank of them")
+             "raise --least), 3 at least, and --rank of them")
     means = np.bincount(column, value) / np.bincount(column) if args.center == "columns" else None
     blocks = [PairStats(d, means, device=device) for _ in range(5)]
     for numbers, at, x in row_batches(row, column, value):
@@ -920,7 +913,7 @@ def fit_file(args):
     if not r:
         r, at_bound = choose_rank(blocks)
         print(f"rank {r} by held-out rows" + ": their loss fell to the last column, there may be no rank" * at_bound)
-    model = fit(stats, r, args.fit_rank, args.estimator)
+    model = fit(stats, r, estimator=args.estimator)
     eigenvalues, Q = (x.cpu().numpy() for x in model.components(args.center))
     print(f"mean square beyond the {r} components: {model.residual_variance:.4g}"
           + "; the solver stopped before it converged" * (not model.converged))
@@ -962,13 +955,9 @@ def parse_args(argv=None):
         "data": dict(help="a VCF, gzipped or not (simulated people)"),
         "panel": dict(help="populations of its samples: lines of sample, population, or 1000 Genomes' panel"),
         "maf": dict(type=float, default=0.05, help="least minor allele frequency of a site (%(default)s)"),
-        "sites": dict(type=int, default=100_000, help="simulated: rows, made in whole chunks of 512 (%(default)s)"),
-        "people": dict(type=int, default=60, help="simulated: columns (%(default)s)"),
-        "populations": dict(type=int, default=3, help="simulated (%(default)s)"),
-        "fst": dict(type=float, default=0.1, help="simulated: how far populations differ (%(default)s, as humans)"),
+        "sites": dict(type=int, default=100_000, help="simulated sites, in whole chunks of 512 (%(default)s)"),
         "center": dict(choices=("rows", "columns"), help="take off the mean of each row or column (neither)"),
         "estimator": dict(choices=("likelihood", "paper"), default="likelihood", help="(%(default)s)"),
-        "fit_rank": dict(type=int, help="columns of V (likelihood: 64, or all; paper: the rank)"),
         "layout": dict(choices=("long", "wide"), help="lines of row, column, value, or a table (by the file)"),
         "least": dict(type=int, default=10, help="leave out columns with fewer entries (%(default)s)"),
         "scores": dict(type=Path, help="write the scores of the rows to this .csv"),
@@ -989,8 +978,8 @@ def parse_args(argv=None):
         return sub
 
     task(synthetic, "rows columns rank k seeds", rows="3000,12000,50000,200000,1000000")
-    task(genome, "data panel maf k sites people populations fst", k=5)
-    task(fit_file, "center rank estimator fit_rank layout least scores", rank=None).add_argument(
+    task(genome, "data panel maf k sites", k=5)
+    task(fit_file, "center rank estimator layout least scores", rank=None).add_argument(
         "file", type=Path, help="lines of row, column, value, or a table with gaps (text, .gz)")
     task(robust, "rows columns rank k seeds", rows="50000")
     task(impossible, "rows columns rank k", rows="10000,50000,250000,1000000", rank=5)

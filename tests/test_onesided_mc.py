@@ -461,7 +461,7 @@ def test_genome_of_a_file(tool):
     write_vcf(np.concatenate([x for _, x in chunks])[:2600], "AAAABBBBCCCC")
     said = tool("genome", "--data", "v.vcf", "--k", 6, "--out", "none")
     one, two, _ = twice(tool, "genome", "--data", "v.vcf", "--k", 6, "--panel", "p.panel")
-    assert "2,600 SNPs" in said and "2,600 sites, " in said
+    assert "2,600 SNPs" in said and "sites have a minor allele frequency of 0.05 or more" in said
     for folder, labels in ("none", "?" * 12), ("one", "AAAABBBBCCCC"), ("two", "AAAABBBBCCCC"):
         with open(Path(folder, "people.csv")) as file:
             people = list(csv.reader(file))
@@ -488,14 +488,16 @@ def test_fit_of_a_table(tool):
     (["--seeds", "0"], "--seeds 0"), (["robust", "--seeds", "-1"], "--seeds -1"),
     (["--k", "1"], "k in 2"), (["--rank", "60"], "--rank 60"), (["--rows", "10"], "100 rows"),
     (["--rows", "a"], "row_counts"), (["--center", "rows"], "--center"), (["--device", "tpu"], "tpu"),
-    (["robust", "--rows", "500,600"], "one number of rows"), (["genome", "--fst", "1"], "--fst"),
-    (["genome", "--populations", "20", "--people", "10"], "two people"), (["genome", "--k", "70"], "--k 70"),
+    (["robust", "--rows", "500,600"], "one number of rows"), (["genome", "--k", "70"], "--k 70"),
+    (["genome", "--sites", "2000", "--quiet"], "2,560 sites"), (["genome", "--data", "v.vcf", "--panel", "empty"], "of 's0'"),
     (["genome", "--data", "none.vcf"], "none.vcf"), (["fit"], "file"), (["fit", "no.csv"], "no.csv"),
     (["fit", "parts.csv", "--least", "1"], "no row links column 'z'"), (["fit", "parts.csv"], "0 columns have 10"),
     (["fit", "zero.csv", "--least", "1", "--rank", "1"], "every value is zero"),
     (["fit", "parts.csv", "--center", "rows", "--scores", "s"], "--scores goes with"),
     (["fit", "wide.csv", "--least", "1"], "raise --least")])
 def test_mistakes_end_in_one_line(args, words, tool, capsys):
+    write_vcf([[0, 1, 2]], "AAB")
+    write("empty", [])
     write("parts.csv", ["a,x,1", "a,y,2", "b,z,3", "b,w,4"])
     write("zero.csv", ["a,x,0", "a,y,0", "a,z,0", "b,x,0"])
     write("wide.csv", [f"{i % 9},{i},1" for i in range(10_001)])
