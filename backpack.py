@@ -730,7 +730,7 @@ def new_model(codec, n_sense, *sizes):
     """A Backpack or, without senses, a Transformer; the table of embeddings is padded to a multiple of 8 rows."""
     config = replace(Config(*sizes), n_vocab=-(-codec.n_tokens // 8) * 8, n_tokens=codec.n_tokens)
     if not 0 <= n_sense <= config.d:
-        fail(f"{n_sense} senses: at most {config.d}, the model's width, are possible")
+        fail(f"{n_sense} senses: from 0 to {config.d}, the model's width, are possible")
     return Backpack(config, n_sense) if n_sense else Transformer(config)
 
 

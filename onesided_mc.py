@@ -911,7 +911,12 @@ def fit_file(args):
     stats, r = sum(blocks[1:], blocks[0]), args.rank
     check_columns(stats.table[1], columns)
     if not r:
-        r, at_bound = choose_rank(blocks)
+        if (shown > 1).sum() < 50:
+            fail(f"{args.file}: {(shown > 1).sum()} rows show a pair, choosing a rank takes 50: give --rank")
+        try:
+            r, at_bound = choose_rank(blocks)
+        except ValueError as error:
+            fail(f"{args.file}: a rank is chosen by fits without a fifth of the rows, but then {error}, or give --rank")
         print(f"rank {r} by held-out rows" + ": their loss fell to the last column, there may be no rank" * at_bound)
     model = fit(stats, r, estimator=args.estimator)
     eigenvalues, Q = (x.cpu().numpy() for x in model.components(args.center))

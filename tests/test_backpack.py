@@ -255,6 +255,10 @@ def test_tasks_on_the_demos_model(world, tmp_path, monkeypatch):
     assert here("debias", "--ckpt", "e.pt")["table"][0][1] == pytest.approx(removed, rel=1e-4)
     assert here("sample", "--ckpt", "e.pt", "--prompt", text)["text"].startswith(text)
     assert len(here("topic", "--samples", 3, "--tokens", 6, "--ckpt", path, "team,goal")["table"]) == 4
+    seen, control = [], bp.topic_control
+    monkeypatch.setattr(bp, "topic_control", lambda model, scores, s: seen.append(scores) or control(model, scores, s))
+    here("topic", "--samples", 1, "--tokens", 2, "--ckpt", path, "team,goal")
+    assert not seen[0][codec.start].any() and seen[0].any()  # what starts a text speaks of no topic
 
 
 def test_evaluation_files(world, tmp_path, monkeypatch, capsys):

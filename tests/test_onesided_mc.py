@@ -265,16 +265,19 @@ def test_rank_by_held_out_rows(d, rank, k, noise_sd, want, bound):
 
 def genome(tool, *args):
     """`genome` → the error of the settings that it chooses, that of direct SVD, and the adjusted Rand index of three
-    clusters of people.csv: pairs of people that are together, 0 by chance (k-means, from the populations' means on)."""
+    clusters of people.csv: pairs of people that are together, 0 by chance (k-means, from three people far apart on)."""
     tool("genome", *args)
     rows = json.loads(Path("out/onesided_mc/genome/results.json").read_text())["rows"]
     with open("out/onesided_mc/genome/people.csv") as file:
         _, *people = csv.reader(file)
     points = np.array([line[2:] for line in people], float)
-    label = population = np.unique([line[1] for line in people], return_inverse=True)[1]
+    population, centres = np.unique([line[1] for line in people], return_inverse=True)[1], points[:1]
+    apart = lambda: ((points[:, None] - centres) ** 2).sum(2)  # (people, centres)
+    for _ in range(2):
+        centres = np.concatenate([centres, points[[apart().min(1).argmax()]]])
     for _ in range(50):
+        label = apart().argmin(1)
         centres = np.stack([points[label == j].mean(0) for j in range(3)])
-        label = ((points[:, None] - centres) ** 2).sum(2).argmin(1)
     a, b = ((x[:, None] == x)[np.triu_indices(60, 1)] for x in (label, population))
     rand = ((a & b).mean() - a.mean() * b.mean()) / ((a.mean() + b.mean()) / 2 - a.mean() * b.mean())
     return next(row[1] for row in rows if "chosen" in row[3]), dict(row[:2] for row in rows)["direct SVD"], rand
@@ -494,6 +497,7 @@ def test_fit_of_a_table(tool):
     (["genome", "--data", "none.vcf"], "none.vcf"), (["fit"], "file"), (["fit", "no.csv"], "no.csv"),
     (["fit", "parts.csv", "--least", "1"], "no row links column 'z'"), (["fit", "parts.csv"], "0 columns have 10"),
     (["fit", "zero.csv", "--least", "1", "--rank", "1"], "every value is zero"),
+    (["fit", "few.csv"], "49 rows show a pair"), (["fit", "torn.csv", "--least", "1"], "without a fifth of the rows"),
     (["fit", "parts.csv", "--center", "rows", "--scores", "s"], "--scores goes with"),
     (["fit", "wide.csv", "--least", "1"], "raise --least")])
 def test_mistakes_end_in_one_line(args, words, tool, capsys):
@@ -501,6 +505,9 @@ def test_mistakes_end_in_one_line(args, words, tool, capsys):
     write("empty", [])
     write("parts.csv", ["a,x,1", "a,y,2", "b,z,3", "b,w,4"])
     write("zero.csv", ["a,x,0", "a,y,0", "a,z,0", "b,x,0"])
+    few = [f"{i},{column},{i % 7}" for i in range(49) for column in "xyz"]
+    write("few.csv", few)
+    write("torn.csv", [*few, "49,x,1", "49,w,2"])  # one row alone links w
     write("wide.csv", [f"{i % 9},{i},1" for i in range(10_001)])
     with pytest.raises(SystemExit) as stop:
         tool(*args)
